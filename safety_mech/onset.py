@@ -1,0 +1,74 @@
+"""The initial range: from the layer where the gap appears to the layer where its growth first flattens (§3.4).
+
+The paper reads both off a plot. Here the rule is written down; every number of it is a field of `OnsetRule`.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_mech.divergence import GapCurve
+from safety_mech.layers import LayerRange
+
+
+@dataclass(frozen=True)
+class OnsetRule:
+    """Thresholds of `initial_range`.
+
+    1. There is a gap at all if its p-value over all layers is at most `max_p`, and its lower bound reaches
+       `min_gap` degrees at some layer. (Any difference between two sets of prompts becomes significant with
+       enough prompts: the base model's 1 to 2 degrees do, so significance alone would find layers anywhere.)
+    2. It has appeared at the first layer from which its lower bound stays above `onset_fraction` of the peak gap,
+       and above 0, up to the peak.
+    3. Its growth has flattened at the first layer after that from which no gap of the next `flat_window` layers
+       lies above a line with `flat_fraction` of the mean slope so far (from just before the onset to that layer).
+    """
+
+    min_gap: float = 1.0
+    max_p: float = 0.01
+    onset_fraction: float = 0.1
+    flat_fraction: float = 0.25
+    flat_window: int = 2
+
+
+DEFAULT_RULE = OnsetRule()
+
+
+def initial_range(curve: GapCurve, rule: OnsetRule = DEFAULT_RULE) -> LayerRange | None:
+    """The initial range of a gap curve, or None where there is no gap: that is a result, not an error."""
+    if curve.p_any > rule.max_p or curve.low.max() < rule.min_gap:
+        return None
+    start = _onset(curve.gap, curve.low, rule)
+    return LayerRange(start, _flattening(curve.gap, start, rule))
+
+
+def initial_range_samples(curve: GapCurve, rule: OnsetRule = DEFAULT_RULE) -> Counter[LayerRange | None]:
+    """The initial range of every bootstrap curve, counted: how sure the range is.
+
+    Each sample keeps the observed distance between gap and lower bound, and the observed p-value.
+    """
+    below = curve.gap - curve.low
+    return Counter(initial_range(replace(curve, gap=sample, low=sample - below), rule) for sample in curve.samples)
+
+
+def _onset(gap: Float[Tensor, " layer"], low: Float[Tensor, " layer"], rule: OnsetRule) -> int:
+    peak = int(gap.argmax())
+    floor = max(0.0, rule.onset_fraction * float(gap[peak]))
+    start = peak
+    while start > 0 and low[start - 1] > floor:
+        start -= 1
+    return start
+
+
+def _flattening(gap: Float[Tensor, " layer"], start: int, rule: OnsetRule) -> int:
+    before = float(gap[start - 1]) if start > 0 else 0.0
+    for layer in range(start, len(gap) - 1):
+        slope = (float(gap[layer]) - before) / (layer - start + 1)
+        ahead = gap[layer + 1 : layer + 1 + rule.flat_window] - gap[layer]
+        steps = torch.arange(1, len(ahead) + 1, dtype=gap.dtype)
+        if slope > 0 and not (ahead > rule.flat_fraction * slope * steps).any():
+            return layer
+    return len(gap) - 1

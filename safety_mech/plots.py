@@ -1,0 +1,100 @@
+"""Figures: arrays in, a matplotlib Figure out; nothing is saved here.
+
+One look for all: the Okabe-Ito colours (told apart by colour-blind readers) and a different line style and marker
+each, so that they can be told apart in black and white.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from safety_mech.divergence import GapCurve, PairStats
+from safety_mech.layers import LayerRange
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+STYLES = (
+    {"color": ORANGE, "linestyle": "-", "marker": "o"},
+    {"color": BLUE, "linestyle": "--", "marker": "s"},
+    {"color": GREEN, "linestyle": "-.", "marker": "^"},
+    {"color": PURPLE, "linestyle": ":", "marker": "D"},
+)
+
+
+def new_figure(columns: int = 1, rows: int = 1, width: float = 6.0, height: float = 4.0) -> tuple[Figure, list[Axes]]:
+    """A figure that belongs to no GUI and no pyplot state, and its axes in reading order."""
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.grid(alpha=0.25, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes.flat)
+
+
+def mark_range(ax: Axes, layers: LayerRange | None, label: str = "initial range") -> None:
+    """Shade the layers of a range; both of its ends are inside."""
+    if layers is not None:
+        span = (layers.start - 0.5, layers.end + 0.5)
+        ax.axvspan(
+            *span,
+            facecolor="#F0E442",
+            alpha=0.28,
+            hatch="//",
+            edgecolor="#B8AE20",
+            linewidth=0.0,
+            label=f"{label} {layers}",
+        )
+
+
+def layer_axis(ax: Axes, n_layers: int) -> None:
+    step = max(1, round(n_layers / 10))
+    ax.set_xticks(range(0, n_layers, step))
+    ax.set_xlim(-0.6, n_layers - 0.4)
+    ax.set_xlabel("layer (0 = first block)")
+
+
+def plot_gap(curves: Mapping[str, GapCurve], ranges: Mapping[str, LayerRange | None], title: str = "") -> Figure:
+    """The paper's two panels (figure 2): cosines with spread, and the gap in degrees with its interval.
+
+    The first curve is the one whose cosines are drawn and whose range is marked; the gap panel has all of them.
+    """
+    figure, (left, right) = new_figure(columns=2)
+    name, first = next(iter(curves.items()))
+    _draw_cosines(left, first)
+    left.set_title(f"cosine of two prompts: {name}", fontsize=10)
+    for (label, curve), style in zip(curves.items(), STYLES, strict=False):
+        _draw_gap(right, curve, label, style)
+    for ax in (left, right):
+        mark_range(ax, ranges.get(name))
+        layer_axis(ax, first.n_layers)
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set_ylabel("angle gap (degrees)")
+    right.set_title(f"normal-malicious minus normal-normal, {first.level:.0%} interval", fontsize=10)
+    for ax in (left, right):
+        ax.legend(fontsize=8, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def _draw_cosines(ax: Axes, curve: GapCurve) -> None:
+    parts: list[tuple[str, PairStats]] = [
+        ("normal-malicious", curve.normal_malicious),
+        ("normal-normal", curve.normal_normal),
+        ("malicious-malicious", curve.malicious_malicious),
+    ]
+    layers = np.arange(curve.n_layers)
+    for (label, stats), style in zip(parts, STYLES, strict=False):
+        mean, std = stats.cosine_mean.numpy(), stats.cosine_std.numpy()
+        ax.plot(layers, mean, label=f"{label} (mean, ±1 sd)", markersize=3, linewidth=1.4, **style)
+        ax.fill_between(layers, mean - std, mean + std, color=style["color"], alpha=0.12, linewidth=0)
+    ax.set_ylabel("cosine similarity at the last token")
+
+
+def _draw_gap(ax: Axes, curve: GapCurve, label: str, style: Mapping[str, str]) -> None:
+    layers = np.arange(curve.n_layers)
+    ax.plot(layers, curve.gap.numpy(), label=label, markersize=3, linewidth=1.4, **style)
+    ax.fill_between(layers, curve.low.numpy(), curve.high.numpy(), color=style["color"], alpha=0.18, linewidth=0)

@@ -1,0 +1,244 @@
+"""Prompt sets: the ones that the project ships, and readers for the field's file formats.
+
+A set is a plain `list[str]`. Where to read it from is one string:
+
+    "malicious"                        a shipped set (see SHIPPED); "malicious:test" one split of it
+    "advbench.csv"                     csv, tsv, json, jsonl, parquet or txt, by the file's ending
+    "file.csv:column"                  one column of it
+    "file.csv:column:label=unsafe"     only the rows where `label` is "unsafe"
+    "hf:org/name:split:column"         a data set of the hub, through the `datasets` library
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safety_mech.data_files import data_folder
+
+SHIPPED = ("normal", "malicious", "over_rejection")
+"""Shipped sets of prompts; matched pairs are read by `load_pairs`."""
+
+SPLITS = ("train", "test", "all")
+
+PROMPT_COLUMNS = (
+    "prompt",
+    "goal",
+    "forbidden_prompt",
+    "behavior",
+    "instruction",
+    "question",
+    "query",
+    "text",
+)
+"""Column names tried in this order, in any case: ours, XSTest and OR-Bench; AdvBench and JailbreakBench;
+StrongREJECT; HarmBench; Alpaca; and the usual others."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """Twins: the same sentence frame, one harmful and one harmless (METHOD 7)."""
+
+    malicious: str
+    normal: str
+    category: str
+
+
+def load_prompts(source: str | Path, split: str = "all") -> list[str]:
+    """Read a prompt set; see the module's docstring for what `source` may be.
+
+    `split`: "train", "test" or "all"; the shipped sets have fixed splits, other files only "all".
+    Raises ValueError, in one line, for a missing file, an absent column (naming those there are), an unknown
+    format, no prompts, or empty or duplicate prompts (naming the first).
+    """
+    text = str(source)
+    name, _, named_split = text.partition(":")
+    if name in SHIPPED:
+        rows = _shipped_rows(name, named_split or split)
+        return _checked([row["prompt"] for row in rows], text)
+    if split != "all":
+        raise ValueError(f"split {split!r} of {text!r}: only the shipped sets {', '.join(SHIPPED)} have splits")
+    if text.startswith("hf:"):
+        return _checked(_read_hub(text), text)
+    path, column, condition = _parse_path(text)
+    rows = read_rows(path)
+    if condition:
+        rows = _keep_rows(rows, condition, path)
+    return _checked(_pick_column(rows, column, path), text)
+
+
+def load_pairs(split: str = "all") -> list[PromptPair]:
+    """The shipped matched pairs, of one split or all."""
+    return [PromptPair(row["malicious"], row["normal"], row["category"]) for row in _shipped_rows("pairs", split)]
+
+
+def prompt_hash(prompts: Sequence[str]) -> str:
+    """Short SHA-256 of a prompt set, order included: written into every run's metrics."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+
+
+def _shipped_rows(name: str, split: str) -> list[Row]:
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} of {name!r}: expected one of {', '.join(SPLITS)}")
+    rows = read_rows(data_folder() / f"{name}.csv")
+    return [row for row in rows if split in ("all", row["split"])]
+
+
+def _parse_path(text: str) -> tuple[Path, str | None, str | None]:
+    """Split "path[:column[:name=value]]"; a path that exists as it stands is taken whole."""
+    if Path(text).expanduser().exists():
+        return Path(text).expanduser(), None, None
+    parts = text.split(":")
+    for count in (len(parts) - 1, len(parts) - 2):
+        path = Path(":".join(parts[:count])).expanduser() if count > 0 else None
+        if path is not None and path.is_file():
+            column, condition = (parts[count:] + [None])[:2]
+            return path, column or None, condition
+    raise ValueError(f"prompt set {text!r}: no such file, and no shipped set ({', '.join(SHIPPED)})")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read a csv, tsv, json, jsonl, parquet or txt file as one dictionary a row.
+
+    A csv whose first row holds no known column name and which has one column is taken to have no header (the
+    paper's own files); its column is called "prompt". A txt file has one prompt a line.
+    """
+    readers = {
+        ".csv": lambda: _read_delimited(path, ","),
+        ".tsv": lambda: _read_delimited(path, "\t"),
+        ".json": lambda: _read_json(path),
+        ".jsonl": lambda: _read_jsonl(path),
+        ".parquet": lambda: _read_parquet(path),
+        ".txt": lambda: [{"prompt": line} for line in path.read_text("utf-8-sig").splitlines() if line.strip()],
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"prompt file {str(path)!r}: expected one of {', '.join(readers)}")
+    if not path.is_file():
+        raise ValueError(f"prompt file {str(path)!r}: no such file")
+    try:
+        return readers[path.suffix]()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt file {str(path)!r}: not UTF-8 text at byte {error.start}") from error
+
+
+def _read_delimited(path: Path, delimiter: str) -> list[Row]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+    if not rows:
+        return []
+    header = [cell.strip() for cell in rows[0]]
+    if len(header) == 1 and header[0].lower() not in PROMPT_COLUMNS:
+        return [{"prompt": row[0]} for row in rows]
+    for number, row in enumerate(rows[1:], start=2):
+        if len(row) != len(header):
+            raise ValueError(f"{path}, row {number}: {len(row)} cells, expected the header's {len(header)}")
+    return [dict(zip(header, row, strict=True)) for row in rows[1:]]
+
+
+def _read_json(path: Path) -> list[Row]:
+    try:
+        data = json.loads(path.read_text("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    if isinstance(data, dict):  # {"data": [...]}, or {"column": [...]}
+        lists = [value for value in data.values() if isinstance(value, list)]
+        data = lists[0] if len(lists) == 1 else data
+    if not isinstance(data, list):
+        raise ValueError(f"{path}: expected a JSON list of objects or of strings")
+    return [_as_row(item, path, number) for number, item in enumerate(data, start=1)]
+
+
+def _read_jsonl(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
+        if line.strip():
+            try:
+                rows.append(_as_row(json.loads(line), path, number))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+    return rows
+
+
+def _as_row(item: Any, path: Path, number: int) -> Row:
+    if isinstance(item, str):
+        return {"prompt": item}
+    if isinstance(item, dict):
+        return item
+    raise ValueError(f"{path}, entry {number}: expected an object or a string, got {type(item).__name__}")
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow.parquet  # slow to import, seldom needed
+
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def _read_hub(text: str) -> list[str]:
+    parts = text.split(":")
+    if len(parts) != 4 or not all(parts):
+        raise ValueError(f"prompt set {text!r}: expected hf:org/name:split:column")
+    from datasets import load_dataset  # slow to import, seldom needed
+
+    _, name, split, column = parts
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:  # the library raises a dozen kinds: network, missing, gated, bad split
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"prompt set {text!r} could not be loaded: {reason}") from error
+    return _pick_column([dict(row) for row in rows], column, Path(name))
+
+
+def _column_name(row: Row, column: str | None, path: Path) -> str:
+    """The named column, or the first known one, in any letter case."""
+    lower = {str(name).lower(): name for name in row}
+    for wanted in [column.lower()] if column else PROMPT_COLUMNS:
+        if wanted in lower:
+            return lower[wanted]
+    wanted = f"no column {column!r}" if column else "no known prompt column"
+    raise ValueError(f"{path}: {wanted}; it has {', '.join(map(str, row)) or 'none'}; name one as {path}:COLUMN")
+
+
+def _pick_column(rows: list[Row], column: str | None, path: Path) -> list[str]:
+    if not rows:
+        return []
+    name = _column_name(rows[0], column, path)
+    values = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row.get(name), str):
+            raise ValueError(f"{path}, row {number}: no text in column {name!r}")
+        # Alpaca: an instruction may come with an input of its own, which belongs to the prompt.
+        extra = row.get("input") if name == "instruction" else None
+        values.append(f"{row[name]}\n\n{extra}" if extra else row[name])
+    return values
+
+
+def _keep_rows(rows: list[Row], condition: str, path: Path) -> list[Row]:
+    name, equals, value = condition.partition("=")
+    if not equals:
+        raise ValueError(f"{path}: condition {condition!r}: expected column=value")
+    column = _column_name(rows[0], name, path) if rows else name
+    kept = [row for row in rows if str(row.get(column)) == value]
+    if not kept:
+        values = ", ".join(sorted({str(row.get(column)) for row in rows})[:10])
+        raise ValueError(f"{path}: no row has {column} = {value!r}; there are {values}")
+    return kept
+
+
+def _checked(prompts: Iterable[str], source: str) -> list[str]:
+    """Strip; refuse an empty set, empty prompts and duplicates: a duplicate would count as a pair at 0 degrees."""
+    stripped = [prompt.strip() for prompt in prompts]
+    if not stripped:
+        raise ValueError(f"prompt set {source!r} is empty: expected at least one prompt")
+    seen: dict[str, int] = {}
+    for number, prompt in enumerate(stripped, start=1):
+        if not prompt:
+            raise ValueError(f"prompt set {source!r}: prompt {number} is empty")
+        if prompt in seen:
+            raise ValueError(f"prompt set {source!r}: prompts {seen[prompt]} and {number} are equal: {prompt[:60]!r}")
+        seen[prompt] = number
+    return stripped

@@ -1,0 +1,125 @@
+"""The only writer: config, metrics, tensors and figures of one run in one folder.
+
+`results/<experiment>/<model>/<stamp>/` is written under a temporary name and renamed at the end, so that a killed
+run leaves no half result.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+from torch import Tensor
+
+PACKAGES = ("safety-mech", "torch", "transformer-lens", "transformers", "numpy")
+
+
+def write_run(
+    out: str | Path,
+    experiment: str,
+    model_name: str,
+    *,
+    config: Any,
+    metrics: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """Write one run and return its folder.
+
+    `config`: a dataclass -> config.json. `metrics` -> metrics.json, with versions, machine and threads added.
+    `tensors` -> tensors.safetensors. `figures` -> NAME.png. `texts` -> files of these names.
+    """
+    parent = Path(out) / experiment / safe_name(model_name)
+    parent.mkdir(parents=True, exist_ok=True)
+    folder = _free_name(parent)
+    partial = parent / f".partial-{folder.name}-{os.getpid()}"
+    partial.mkdir()
+    try:
+        write_json(partial / "config.json", plain(config))
+        write_json(partial / "metrics.json", {**plain(metrics), "environment": environment()})
+        if tensors:
+            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, partial / "tensors.safetensors")
+        for name, figure in (figures or {}).items():
+            figure.savefig(partial / f"{name}.png", dpi=150)
+        for name, text in (texts or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return folder
+
+
+def check_writable(out: str | Path) -> None:
+    """Raise ValueError if runs cannot be written under `out`: before an hour of work, not after it."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output folder {str(out)!r} cannot be made: {error.strerror}") from error
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"output folder {str(out)!r} is not writable")
+
+
+def safe_name(model_name: str) -> str:
+    """A model's name as a folder's: the last part of a path, nothing but letters, digits, dot, dash, underscore."""
+    last = Path(model_name).name or "model"
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
+
+
+def _free_name(parent: Path) -> Path:
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    candidates = [stamp, *(f"{stamp}-{number}" for number in range(2, 1000))]
+    return next(parent / name for name in candidates if not (parent / name).exists())
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and threads: what the same numbers need beside the same seed."""
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tensors, paths and tuples as what JSON knows; numbers that JSON does not know become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write via a temporary name, so that a reader never sees half a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
