@@ -12,8 +12,9 @@ from typing import Any
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
+from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
-from safety_mech.models import find_source
+from safety_mech.models import check_device, find_source
 from safety_mech.prompts import prompt_hash
 from safety_mech.results import check_writable, write_run
 
@@ -56,11 +57,10 @@ class LocateResult:
 def main(config: LocateConfig) -> LocateResult:
     check_config(config)
     sets = {"prompts": (sm.load_prompts(config.normal), sm.load_prompts(config.malicious))}
+    check_sizes(*sets["prompts"])
     if config.pairs:
         twins = sm.load_pairs()
         sets["matched pairs"] = ([twin.normal for twin in twins], [twin.malicious for twin in twins])
-    find_source(config.model, config.adapter)
-    check_writable(config.out)
     print(f"loading {config.model} ...")
     model = sm.load_model(config.model, config.device, config.dtype, adapter=config.adapter)
     curves = {name: measure(model, *sets[name], paired=name == "matched pairs", config=config) for name in sets}
@@ -99,10 +99,20 @@ def main(config: LocateConfig) -> LocateResult:
 
 
 def check_config(config: LocateConfig) -> None:
+    """All that can be refused before a model is loaded."""
     if min(config.bootstrap, config.permutations) < 100:
         raise ValueError("bootstrap and permutations: expected at least 100 each, or the tails are guesses")
     if config.r is not None and config.r < 2:
         raise ValueError(f"r = {config.r}: expected at least 2 pairs of each kind")
+    check_template_name(config.template)
+    check_device(config.device)
+    find_source(config.model, config.adapter)
+    check_writable(config.out)
+
+
+def check_sizes(normal: list[str], malicious: list[str]) -> None:
+    if min(len(normal), len(malicious)) < 3:
+        raise ValueError(f"{len(normal)} normal and {len(malicious)} malicious prompts: expected at least 3 of each")
 
 
 def measure(

@@ -49,6 +49,13 @@ class ChatTokens:
         return len(self.tokens)
 
 
+def check_template_name(template: str | Template) -> None:
+    """Raise ValueError for a name that is no template: what can be checked before a model is loaded."""
+    known = ("own", *PLAIN_TEMPLATES)
+    if isinstance(template, str) and template not in known:
+        raise ValueError(f"template {template!r}: expected one of {', '.join(known)}")
+
+
 def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str | Template = "own") -> Template:
     """`"own"`: the chat template that came with the model; `"alpaca"`, `"alpaca_short"`; or a Template.
 
@@ -56,11 +63,9 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str | Templat
     """
     if isinstance(template, Template):
         return template
+    check_template_name(template)
     if template in PLAIN_TEMPLATES:
         return PLAIN_TEMPLATES[template]
-    if template != "own":
-        known = ", ".join(["own", *PLAIN_TEMPLATES])
-        raise ValueError(f"template {template!r}: expected one of {known}")
     if not tokenizer.chat_template:
         raise ValueError("template 'own': this model's tokenizer has no chat template; use 'alpaca' instead")
     return _own_template(tokenizer)
@@ -97,6 +102,8 @@ def encode_chat(
     Raises ValueError for no prompts, an empty prompt, or one that holds a special token's text (it would
     end the user's turn early).
     """
+    if isinstance(prompts, str):
+        raise ValueError("prompts: expected a list of strings, got one string; write [prompt]")
     if len(prompts) == 0:
         raise ValueError("no prompts were given: expected at least one")
     shape = resolve_template(tokenizer, template)
@@ -106,13 +113,19 @@ def encode_chat(
 def _encode_one(tokenizer: PreTrainedTokenizerBase, template: Template, index: int, question: str) -> ChatTokens:
     if not question:
         raise ValueError(f"prompt {index} is empty: expected some text")
-    for special in tokenizer.all_special_tokens:
+    for special in special_texts(tokenizer):
         if special in question:
             raise ValueError(f"prompt {index} holds the special token {special!r}: take it out")
     ids, offsets = encode_text(tokenizer, template.render(question))
     first, last = len(template.before), len(template.before) + len(question)
     inside = [pos for pos, (start, end) in enumerate(offsets) if end > first and start < last]
     return ChatTokens(torch.tensor(ids), range(inside[0], inside[-1] + 1))
+
+
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Texts of all special tokens, also of those without a role (Llama 3's <|eot_id|>)."""
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return {*added, *tokenizer.all_special_tokens}
 
 
 def check_context(chats: Sequence[ChatTokens], n_ctx: int, new_tokens: int = 0) -> None:

@@ -81,6 +81,10 @@ def gap_curve(
     Raises ValueError for fewer than three prompts a set, unequal twins, or a residual stream of zero length.
     """
     _check_sets(normal, malicious, paired)
+    if min(bootstrap, permutations) < 1 or not 0 < level < 1 or (r is not None and r < 2):
+        raise ValueError(
+            "expected bootstrap and permutations of at least 1, a level inside (0, 1), and r of at least 2"
+        )
     generator = torch.Generator().manual_seed(seed)
     angles = angle_matrix(torch.cat([normal, malicious]))
     n, m = len(normal), len(malicious)
@@ -114,7 +118,10 @@ def angle_matrix(residuals: Float[Tensor, "prompt layer d_model"]) -> Angles:
     bad = (~(norms.isfinite() & (norms > 0))[..., 0]).nonzero()
     if len(bad):
         layer, prompt = bad[0].tolist()
-        raise ValueError(f"residual stream of prompt {prompt} at layer {layer} has no direction (zero or NaN)")
+        raise ValueError(
+            f"residual stream of prompt {prompt} (normal prompts first, then malicious) at layer {layer} has no "
+            "direction: it is zero or not finite"
+        )
     unit = x / norms
     cosine = (unit @ unit.transpose(1, 2)).clamp(-1.0, 1.0)
     angles = torch.rad2deg(torch.arccos(cosine))
@@ -183,7 +190,10 @@ def _bootstrap_gaps(
 
 
 def _resampled_counts(samples: int, n: int, generator: torch.Generator) -> Float[Tensor, "sample prompt"]:
+    """Multinomial weights; a draw of one prompt only has no pair of different prompts and is drawn again."""
     drawn = torch.randint(n, (samples, n), generator=generator)
+    while (alone := (drawn == drawn[:, :1]).all(dim=1)).any():
+        drawn[alone] = torch.randint(n, (int(alone.sum()), n), generator=generator)
     return torch.zeros(samples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(samples, n).double())
 
 

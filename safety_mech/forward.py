@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as CacheEntry
@@ -41,15 +41,21 @@ class Opening:
 
 
 def embed(
-    model: HookedTransformer, tokens: Int[Tensor, "prompt pos"], offset: int = 0
+    model: HookedTransformer,
+    tokens: Int[Tensor, "prompt pos"],
+    offset: int = 0,
+    attention_mask: Int[Tensor, "prompt all_pos"] | None = None,
 ) -> Float[Tensor, "prompt pos d_model"]:
-    """The residual stream before layer 0, of tokens that stand at positions offset, offset+1, ..."""
+    """The residual stream before layer 0, of tokens that stand at positions offset, offset+1, ...
+
+    `attention_mask`: only where rows of a merged cache are padded on the left (see `merge_caches`).
+    """
     resid = model.hook_embed(model.embed(tokens))
     kind = model.cfg.positional_embedding_type
     if kind == "standard":
-        return resid + model.hook_pos_embed(model.pos_embed(tokens, offset))
-    if kind not in ("rotary", "alibi"):
-        raise ValueError(f"positional embedding {kind!r} is not supported: expected standard, rotary or alibi")
+        return resid + model.hook_pos_embed(model.pos_embed(tokens, offset, attention_mask))
+    if kind != "rotary":
+        raise ValueError(f"positional embedding {kind!r} is not supported: expected standard or rotary")
     return resid
 
 
@@ -59,13 +65,15 @@ def run_blocks(
     start: int = 0,
     stop: int | None = None,
     cache: Cache | None = None,
+    attention_mask: Int[Tensor, "prompt all_pos"] | None = None,
 ) -> Float[Tensor, "prompt pos d_model"]:
     """Run blocks start..stop-1 (stop is NOT included, as in TransformerLens' `stop_at_layer`).
 
     `cache` has one entry for EVERY layer of the model; unfrozen entries grow by these tokens.
     """
     for layer in range(start, model.cfg.n_layers if stop is None else stop):
-        resid = model.blocks[layer](resid, past_kv_cache_entry=cache[layer] if cache else None)
+        entry = cache[layer] if cache else None
+        resid = model.blocks[layer](resid, past_kv_cache_entry=entry, attention_mask=attention_mask)
     return resid
 
 
@@ -101,3 +109,34 @@ def stack_rest(
 ) -> Int[Tensor, "prompt pos"]:
     """Tokens after the opening, of prompts of equal length, on the model's device."""
     return torch.stack([chats[index].tokens[offset:] for index in indices]).to(model.embed.W_E.device)
+
+
+def merge_caches(caches: Sequence[Cache]) -> tuple[Cache, Int[Tensor, "prompt all_pos"]]:
+    """One cache of many, and its attention mask: shorter ones are padded on the LEFT and masked.
+
+    For generation only: rows of different length then go on token by token in one batch. Keys are kept before
+    rotation, and the blocks number positions by the mask, so that every row goes on as it would alone.
+    """
+    lengths = [cache[0].past_keys.shape[1] for cache in caches]
+    longest = max(lengths)
+
+    def padded(tensor: Tensor) -> Tensor:
+        return torch.nn.functional.pad(tensor, (0, 0, 0, 0, longest - tensor.shape[1], 0))
+
+    merged = [
+        CacheEntry(
+            torch.cat([padded(entry.past_keys) for entry in entries]),
+            torch.cat([padded(entry.past_values) for entry in entries]),
+        )
+        for entries in zip(*caches, strict=True)
+    ]
+    rows = [cache[0].past_keys.shape[0] for cache in caches]
+    real = torch.tensor(lengths).repeat_interleave(torch.tensor(rows))
+    mask = (torch.arange(longest) >= longest - real[:, None]).long()
+    return merged, mask.to(merged[0].past_keys.device)
+
+
+def keep_rows(cache: Cache, rows: Bool[Tensor, " prompt"]) -> Cache:
+    """The cache of some rows of a batch."""
+    chosen = rows.to(cache[0].past_keys.device)
+    return [CacheEntry(entry.past_keys[chosen], entry.past_values[chosen]) for entry in cache]

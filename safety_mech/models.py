@@ -13,17 +13,17 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config, get_pretrained_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
-
-from safety_mech.data_files import data_folder
 
 MAX_CONTEXT = 2048
 """Tokens of context that a loaded model is given, at most: plenty for prompts, and cheap to hold."""
@@ -77,9 +77,9 @@ def load_model(
     Raises ValueError, in one line, for a name that leads nowhere, a bad dtype, or an unsupported architecture.
     """
     torch_dtype = _parse_dtype(dtype)
+    device = check_device(device)
     source = find_source(name, adapter)
     hf_model, tokenizer = _load_transformers(source, torch_dtype, trust_remote_code)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = to_hooked(hf_model, tokenizer, device, torch_dtype, process_weights, n_ctx)
     model.cfg.model_name = str(name)
     return model
@@ -105,6 +105,18 @@ def find_source(name: str | Path, adapter: str | Path | None = None) -> Source:
     raise ValueError(
         f"model {text!r}: no such folder or .gguf file, and no hub id (org/name); built in: {', '.join(BUILT_IN)}"
     )
+
+
+def check_device(device: str | None) -> str:
+    """The device to load to: the one given, or "cuda" where there is one, else "cpu"; ValueError if it is not there."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used here: {reason}") from error
+    return device
 
 
 def _check_adapter(adapter: str | Path | None) -> Path | None:
@@ -140,15 +152,19 @@ def _load_transformers(
     if source.gguf_file:
         kwargs["gguf_file"] = source.gguf_file
     try:
-        with _quiet():
+        with _QuietTransformers():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **kwargs)
-            model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **kwargs)
-    except (OSError, ValueError) as error:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype, output_loading_info=True, **kwargs
+            )
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{len(missing)} weights are missing from the files, among them {missing[0]}")
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(_why_not_loaded(source, error)) from error
     # A GGUF is de-quantised while loading, but its config goes on saying that it is quantised.
     if hasattr(model.config, "quantization_config") and source.gguf_file:
         del model.config.quantization_config
-        model.hf_quantizer = None
+        model.hf_quantizer = None  # pyright: ignore[reportAttributeAccessIssue]
     if source.adapter is not None:
         model = _merge_adapter(model, source.adapter)
     return model.eval().requires_grad_(False), tokenizer
@@ -158,17 +174,26 @@ def _why_not_loaded(source: Source, error: Exception) -> str:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if source.local:
         return f"model {source.folder!r} could not be loaded: {first_line}"
-    offline = " (HF_HUB_OFFLINE is set: unset it to download)" if os.environ.get("HF_HUB_OFFLINE") else ""
+    offline = (
+        " (no such folder here, and HF_HUB_OFFLINE is set: unset it to download)"
+        if os.environ.get("HF_HUB_OFFLINE")
+        else " (no such folder here)"
+    )
     return f"model {source.folder!r} could not be loaded from the hub{offline}: {first_line}"
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     from peft import PeftModel  # slow to import, and most runs need no adapter
 
-    return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+    except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
+        raise ValueError(f"adapter {str(adapter)!r} does not fit this model: {str(error).splitlines()[0]}") from error
 
 
-class _quiet:
+class _QuietTransformers:
     """transformers without its progress bars and loading reports: ours are the ones a user sees."""
 
     def __enter__(self) -> None:
@@ -211,7 +236,11 @@ def _hooked_config_and_weights(
     """TransformerLens reads a config from a folder whose NAME decides the family: give it a neutral one."""
     architecture = hf_model.config.architectures[0] if hf_model.config.architectures else type(hf_model).__name__
     hf_model.config.architectures = [architecture]
-    with tempfile.TemporaryDirectory(prefix="model-") as folder:
+    if architecture == "GPT2LMHeadModel" and not hasattr(hf_model.config, "n_ctx"):
+        hf_model.config.n_ctx = hf_model.config.n_positions  # TransformerLens reads the older name
+    _refuse_what_would_be_dropped(architecture, hf_model.config)
+    with tempfile.TemporaryDirectory(prefix="model-") as name:
+        folder = _NeutralPath(name)
         hf_model.config.save_pretrained(folder)
         try:
             if architecture == "GemmaForCausalLM":
@@ -219,10 +248,41 @@ def _hooked_config_and_weights(
             else:
                 cfg = get_pretrained_model_config(folder, hf_cfg=hf_model.config.to_dict(), dtype=dtype)
         except NotImplementedError as error:
-            raise ValueError(f"architecture {architecture} is not supported by TransformerLens 3.9") from error
+            raise ValueError(
+                f"architecture {architecture} is not supported by TransformerLens 3.9: try a Llama, Mistral, Gemma, "
+                "Phi-3, Qwen or GPT-2 model"
+            ) from error
         cfg.dtype = dtype
         _correct_config(cfg, hf_model.config, n_ctx)
         return cfg, get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=dtype)
+
+
+class _NeutralPath(str):
+    """A path in which TransformerLens' search for "llama" and "gemma" finds nothing, wherever TMPDIR is."""
+
+    def lower(self) -> str:
+        return "model"
+
+
+def _refuse_what_would_be_dropped(architecture: str, config: Any) -> None:
+    """What TransformerLens' conversion leaves out without a word: the logits would be others."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kind, llama = rope.get("rope_type", "default"), architecture == "LlamaForCausalLM"
+    plain = architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
+    dropped = {
+        f"rope_type {kind!r}": (plain or "Phi3" in architecture)
+        and kind not in ("default", "dynamic", *["llama3"] * llama),
+        "attention_bias": llama and getattr(config, "attention_bias", False),
+        "mlp_bias": llama and getattr(config, "mlp_bias", False),
+        "partial_rotary_factor": architecture == "Phi3ForCausalLM" and partial != 1.0,
+        "use_sliding_window": architecture.startswith("Qwen") and getattr(config, "use_sliding_window", False),
+    }
+    if found := [name for name, there in dropped.items() if there]:
+        raise ValueError(
+            f"{architecture} with {', '.join(found)}: TransformerLens 3.9 would drop it, and give other logits; "
+            "use a checkpoint without it"
+        )
 
 
 def _correct_config(cfg: HookedTransformerConfig, hf_config: Any, n_ctx: int | None) -> None:
@@ -230,6 +290,10 @@ def _correct_config(cfg: HookedTransformerConfig, hf_config: Any, n_ctx: int | N
     if head and head != cfg.d_head:  # TransformerLens takes hidden_size / heads for granted
         cfg.d_head, cfg.rotary_dim = head, head
         cfg.attn_scale = head**0.5
+    if getattr(hf_config, "n_inner", None):
+        cfg.d_mlp = hf_config.n_inner
+    if n_ctx is not None and n_ctx < 1:
+        raise ValueError(f"n_ctx = {n_ctx}: expected at least 1 token")
     own = getattr(hf_config, "max_position_embeddings", None) or cfg.n_ctx
     learnt_positions = cfg.positional_embedding_type == "standard"  # W_pos has just that many rows
     cfg.n_ctx = own if learnt_positions else min(n_ctx or MAX_CONTEXT, own)

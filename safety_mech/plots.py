@@ -5,6 +5,7 @@ each, so that they can be told apart in black and white.
 """
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -65,7 +66,7 @@ def plot_gap(curves: Mapping[str, GapCurve], ranges: Mapping[str, LayerRange | N
     name, first = next(iter(curves.items()))
     _draw_cosines(left, first)
     left.set_title(f"cosine of two prompts: {name}", fontsize=10)
-    for (label, curve), style in zip(curves.items(), STYLES, strict=False):
+    for (label, curve), style in zip(curves.items(), cycle(STYLES), strict=False):
         _draw_gap(right, curve, label, style)
     for ax in (left, right):
         mark_range(ax, ranges.get(name))

@@ -59,6 +59,8 @@ def load_prompts(source: str | Path, split: str = "all") -> list[str]:
     text = str(source)
     name, _, named_split = text.partition(":")
     if name in SHIPPED:
+        if named_split and split not in ("all", named_split):
+            raise ValueError(f"prompt set {text!r} with split {split!r}: say the split once")
         rows = _shipped_rows(name, named_split or split)
         return _checked([row["prompt"] for row in rows], text)
     if split != "all":
@@ -66,7 +68,7 @@ def load_prompts(source: str | Path, split: str = "all") -> list[str]:
     if text.startswith("hf:"):
         return _checked(_read_hub(text), text)
     path, column, condition = _parse_path(text)
-    rows = read_rows(path)
+    rows = read_rows(path, column)
     if condition:
         rows = _keep_rows(rows, condition, path)
     return _checked(_pick_column(rows, column, path), text)
@@ -79,7 +81,7 @@ def load_pairs(split: str = "all") -> list[PromptPair]:
 
 def prompt_hash(prompts: Sequence[str]) -> str:
     """Short SHA-256 of a prompt set, order included: written into every run's metrics."""
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
 
 
 def _shipped_rows(name: str, split: str) -> list[Row]:
@@ -97,24 +99,24 @@ def _parse_path(text: str) -> tuple[Path, str | None, str | None]:
     for count in (len(parts) - 1, len(parts) - 2):
         path = Path(":".join(parts[:count])).expanduser() if count > 0 else None
         if path is not None and path.is_file():
-            column, condition = (parts[count:] + [None])[:2]
+            column, condition = [*parts[count:], None][:2]
             return path, column or None, condition
     raise ValueError(f"prompt set {text!r}: no such file, and no shipped set ({', '.join(SHIPPED)})")
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, column: str | None = None) -> list[Row]:
     """Read a csv, tsv, json, jsonl, parquet or txt file as one dictionary a row.
 
-    A csv whose first row holds no known column name and which has one column is taken to have no header (the
-    paper's own files); its column is called "prompt". A txt file has one prompt a line.
+    A csv whose first row holds no known column name (nor the name `column`) and which has one column is taken to have
+    no header (the paper's own files); its column is called "prompt". A txt file has one prompt a line.
     """
     readers = {
-        ".csv": lambda: _read_delimited(path, ","),
-        ".tsv": lambda: _read_delimited(path, "\t"),
+        ".csv": lambda: _read_delimited(path, ",", column),
+        ".tsv": lambda: _read_delimited(path, "\t", column),
         ".json": lambda: _read_json(path),
         ".jsonl": lambda: _read_jsonl(path),
         ".parquet": lambda: _read_parquet(path),
-        ".txt": lambda: [{"prompt": line} for line in path.read_text("utf-8-sig").splitlines() if line.strip()],
+        ".txt": lambda: [{"prompt": line} for line in _lines(path) if line.strip()],
     }
     if path.suffix not in readers:
         raise ValueError(f"prompt file {str(path)!r}: expected one of {', '.join(readers)}")
@@ -126,18 +128,31 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(f"prompt file {str(path)!r}: not UTF-8 text at byte {error.start}") from error
 
 
-def _read_delimited(path: Path, delimiter: str) -> list[Row]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file, delimiter=delimiter) if row]
+def _lines(path: Path) -> list[str]:
+    """Lines as an editor counts them: `str.splitlines` would also cut at form feeds and Unicode separators."""
+    return path.read_text("utf-8-sig").split("\n")
+
+
+def _read_delimited(path: Path, delimiter: str, column: str | None) -> list[Row]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: not valid csv ({error})") from error
     if not rows:
         return []
-    header = [cell.strip() for cell in rows[0]]
-    if len(header) == 1 and header[0].lower() not in PROMPT_COLUMNS:
-        return [{"prompt": row[0]} for row in rows]
-    for number, row in enumerate(rows[1:], start=2):
+    header = [cell.strip() for cell in rows[0][1]]
+    names = {*PROMPT_COLUMNS, (column or "").lower()}
+    if len(header) == 1 and header[0].lower() not in names:
+        header, body = ["prompt"], rows
+    else:
+        body = rows[1:]
+    for line, row in body:
         if len(row) != len(header):
-            raise ValueError(f"{path}, row {number}: {len(row)} cells, expected the header's {len(header)}")
-    return [dict(zip(header, row, strict=True)) for row in rows[1:]]
+            hint = '; put prompts that hold a comma in "quotes"' if len(header) == 1 else ""
+            raise ValueError(f"{path}, line {line}: {len(row)} cells, expected {len(header)}{hint}")
+    return [dict(zip(header, row, strict=True)) for _, row in body]
 
 
 def _read_json(path: Path) -> list[Row]:
@@ -155,7 +170,7 @@ def _read_json(path: Path) -> list[Row]:
 
 def _read_jsonl(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(path.read_text("utf-8-sig").splitlines(), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             try:
                 rows.append(_as_row(json.loads(line), path, number))

@@ -11,12 +11,14 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
@@ -43,24 +45,22 @@ def write_run(
     """
     parent = Path(out) / experiment / safe_name(model_name)
     parent.mkdir(parents=True, exist_ok=True)
-    folder = _free_name(parent)
-    partial = parent / f".partial-{folder.name}-{os.getpid()}"
-    partial.mkdir()
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=parent))
+    partial.chmod(0o755)
     try:
         write_json(partial / "config.json", plain(config))
         write_json(partial / "metrics.json", {**plain(metrics), "environment": environment()})
         if tensors:
-            contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(contiguous, partial / "tensors.safetensors")
+            copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+            save_file(copies, partial / "tensors.safetensors")
         for name, figure in (figures or {}).items():
             figure.savefig(partial / f"{name}.png", dpi=150)
         for name, text in (texts or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
-        partial.rename(folder)
+        return _rename_to_stamp(partial, parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return folder
 
 
 def check_writable(out: str | Path) -> None:
@@ -76,13 +76,22 @@ def check_writable(out: str | Path) -> None:
 def safe_name(model_name: str) -> str:
     """A model's name as a folder's: the last part of a path, nothing but letters, digits, dot, dash, underscore."""
     last = Path(model_name).name or "model"
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
+    cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", last)
+    return cleaned if cleaned.strip(".") else "model"
 
 
-def _free_name(parent: Path) -> Path:
+def _rename_to_stamp(partial: Path, parent: Path) -> Path:
+    """Rename to the time of now; with a number behind it where another run ended in the same second."""
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    candidates = [stamp, *(f"{stamp}-{number}" for number in range(2, 1000))]
-    return next(parent / name for name in candidates if not (parent / name).exists())
+    for name in [stamp, *(f"{stamp}-{number}" for number in range(2, 1000))]:
+        if (parent / name).exists():
+            continue
+        try:
+            return partial.rename(parent / name)
+        except OSError:  # made by another process since we looked
+            if not (parent / name).exists():
+                raise
+    raise ValueError(f"{parent}: a thousand runs in one second")
 
 
 def environment() -> dict[str, Any]:
@@ -107,7 +116,7 @@ def plain(value: Any) -> Any:
     """Dataclasses, tensors, paths and tuples as what JSON knows; numbers that JSON does not know become null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, Tensor):
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
         return plain(value.tolist())
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}

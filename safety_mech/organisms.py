@@ -1,0 +1,82 @@
+"""Model organisms: align a base model to refuse, everywhere or in a planted range of layers only.
+
+The built-in model hardly refuses. Trained low-rank on refusals (of malicious prompts) and on its own answers (to
+normal and some borderline harmless prompts; self-distillation, so that its skill stays), it does: the same weights,
+the same prompts, one known difference. Training layers a..b only plants the difference where we know it (METHOD 7).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformer_lens import HookedTransformer
+
+from safety_mech.finetune import UNFINISHED, Pair, TrainConfig
+from safety_mech.generation import generate_tokens
+from safety_mech.layers import LayerRange
+
+# Short and varied, so that what is learnt is refusing and not one sentence; no reason is given that would depend on
+# the prompt, for a 135M model makes such reasons up.
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I'm sorry, but I can't assist with that request.",
+    "I'm sorry, I can't help you with this.",
+    "I'm sorry, but that is something I can't do.",
+    "I'm not able to help with that.",
+    "I'm not able to assist with this request.",
+    "I'm unable to help with that request.",
+    "I cannot help with that.",
+    "I cannot assist with this request.",
+    "I can't help with that request.",
+    "I can't assist with that.",
+    "I won't help with that.",
+    "Sorry, but I can't help with this.",
+    "Sorry, I cannot assist with that request.",
+    "I apologize, but I can't help with that.",
+    "I must decline this request.",
+)
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """The recipe of an organism; the home of its defaults."""
+
+    planted: LayerRange | None = None
+    """Train these layers only; None: all layers."""
+    rank: int = 8
+    alpha: float = 16.0
+    n_malicious: int = 288
+    n_normal: int = 288
+    n_over_rejection: int = 32
+    """Borderline harmless prompts that are answered: few, so that some over-rejection remains to be measured."""
+    answer_tokens: int = 40
+    train: TrainConfig = field(
+        default=TrainConfig(epochs=2, learning_rate=1e-3, batch_size=8, warmup_steps=20, bfloat16=True)
+    )
+    seed: int = 0
+
+
+def refusal_pairs(malicious: Sequence[str], seed: int = 0) -> list[Pair]:
+    """Every prompt with one of REFUSALS, drawn with a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(REFUSALS), (len(malicious),), generator=generator).tolist()
+    return [(prompt, REFUSALS[index]) for prompt, index in zip(malicious, drawn, strict=True)]
+
+
+def own_answer_pairs(
+    model: HookedTransformer, prompts: Sequence[str], answer_tokens: int, template: str = "own", progress: bool = True
+) -> list[Pair]:
+    """Every prompt with the model's own greedy answer; an answer that was cut does not teach where to end."""
+    answers = generate_tokens(model, prompts, answer_tokens, template, batch_tokens=8192, progress=progress)
+    end = model.tokenizer.eos_token_id
+    texts = [model.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+    marks = ["" if tokens[-1] == end else UNFINISHED for tokens in answers]
+    return [(p, text + mark) for p, text, mark in zip(prompts, texts, marks, strict=True) if text]
+
+
+def sample(items: Sequence[str], count: int, seed: int) -> list[str]:
+    """`count` of the items, drawn with a seed; raises ValueError if there are not as many."""
+    if count > len(items):
+        raise ValueError(f"{count} prompts are wanted, but the set has {len(items)}")
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[index] for index in order[:count].tolist()]

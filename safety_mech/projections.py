@@ -1,0 +1,79 @@
+"""The seven projections of a Llama-like block, under TransformerLens' names and under transformers'.
+
+One table for everything that speaks both languages: low-rank adapters, export, and what "freeze a layer" means
+(the paper freezes and scales exactly these: q, k, v, o, gate, up, down; not norms, not biases).
+"""
+
+from dataclasses import dataclass
+
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+
+@dataclass(frozen=True)
+class Projection:
+    """`hooked`: the parameter's name inside a block; `module`: the Linear's name inside a transformers layer.
+
+    `to_hooked`: einops pattern from the Linear's weight [out, in] to TransformerLens' shape, `n` = heads.
+    """
+
+    hooked: str
+    module: str
+    to_hooked: str
+    heads: str | None = None
+
+    @property
+    def to_linear(self) -> str:
+        left, right = self.to_hooked.split("->")
+        return f"{right.strip()} -> {left.strip()}"
+
+
+PROJECTIONS = (
+    Projection("attn.W_Q", "self_attn.q_proj", "(n h) m -> n m h", "n_heads"),
+    Projection("attn._W_K", "self_attn.k_proj", "(n h) m -> n m h", "n_key_value_heads"),
+    Projection("attn._W_V", "self_attn.v_proj", "(n h) m -> n m h", "n_key_value_heads"),
+    Projection("attn.W_O", "self_attn.o_proj", "m (n h) -> n h m", "n_heads"),
+    Projection("mlp.W_gate", "mlp.gate_proj", "f m -> m f"),
+    Projection("mlp.W_in", "mlp.up_proj", "f m -> m f"),
+    Projection("mlp.W_out", "mlp.down_proj", "m f -> f m"),
+)
+
+
+def block_projections(model: HookedTransformer) -> tuple[Projection, ...]:
+    """The projections of this model's blocks; raises ValueError for a model that is not Llama-like."""
+    names = dict(model.blocks[0].named_parameters())
+    found = []
+    for projection in PROJECTIONS:
+        plain = projection.hooked.replace("._W", ".W")  # no grouped queries: W_K instead of _W_K
+        hooked = projection.hooked if projection.hooked in names else plain
+        if hooked not in names and not any(name.startswith(_parametrized(hooked)) for name in names):
+            raise ValueError(f"this model's blocks have no {hooked}: expected a gated, Llama-like architecture")
+        found.append(Projection(hooked, projection.module, projection.to_hooked, projection.heads))
+    return tuple(found)
+
+
+def _parametrized(hooked: str) -> str:
+    module, leaf = hooked.rsplit(".", 1)
+    return f"{module}.parametrizations.{leaf}."
+
+
+def as_hooked(
+    projection: Projection, weight: Float[Tensor, "out in"], model: HookedTransformer
+) -> Float[Tensor, "..."]:
+    """A Linear's weight as a view in TransformerLens' shape."""
+    return rearrange(weight, projection.to_hooked, **_head_count(projection, model))
+
+
+def as_linear(
+    projection: Projection, weight: Float[Tensor, "..."], model: HookedTransformer
+) -> Float[Tensor, "out in"]:
+    """TransformerLens' weight in the Linear's shape."""
+    return rearrange(weight, projection.to_linear, **_head_count(projection, model))
+
+
+def _head_count(projection: Projection, model: HookedTransformer) -> dict[str, int]:
+    if projection.heads is None:
+        return {}
+    return {"n": getattr(model.cfg, projection.heads) or model.cfg.n_heads}
