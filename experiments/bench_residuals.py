@@ -16,17 +16,11 @@ held before the run (Linux; elsewhere it is left out). How far each method's num
 too: a method that computes something else would be no rival.
 """
 
-import ctypes
-import ctypes.util
-import gc
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +33,7 @@ import safety_mech as sm
 from safety_mech.chat import ChatTokens, check_context, encode_chat, equal_length_batches
 from safety_mech.command_line import run
 from safety_mech.forward import embed, run_blocks, stack_rest, unembed_last
+from safety_mech.measuring import in_own_process, resident, start_of_peak
 from safety_mech.models import find_source, load_transformers, restore_linear_layout
 from safety_mech.prompts import prompt_hash
 from safety_mech.results import check_writable, write_run
@@ -51,7 +46,6 @@ WARM_UP = 4
 
 Residuals = Float[Tensor, "prompt layer d_model"]
 Method = Callable[[Sequence[str]], Residuals]
-Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -287,17 +281,6 @@ METHODS: dict[str, Callable[[BenchConfig], Method]] = {
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def in_own_process(function: Callable[..., Returned], *arguments: Any) -> Returned:
-    """Call a function of this module in a fresh process: no method inherits another's memory or threads."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            name = " ".join(str(part) for part in arguments if isinstance(part, str))
-            raise ValueError(f"{function.__name__} {name}: its process was ended, perhaps for memory") from error
-
-
 def measure(name: str, config: BenchConfig, prompts: Sequence[str]) -> Measurement:
     """Load, warm up, then time every repeat and watch its memory."""
     method = METHODS[name](config)
@@ -311,28 +294,6 @@ def measure(name: str, config: BenchConfig, prompts: Sequence[str]) -> Measureme
         seconds.append(time.perf_counter() - start)
         peaks.append(None if held is None else resident("VmHWM") - held)
     return Measurement(seconds, peaks, residuals.float().numpy())
-
-
-def start_of_peak() -> int | None:
-    """Give freed memory back, set the kernel's high-water mark to what is resident now, and return that, in bytes.
-
-    None where there is no such mark to set (it is Linux').
-    """
-    gc.collect()
-    library = ctypes.CDLL(ctypes.util.find_library("c"))
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return resident("VmRSS")
-    except OSError:
-        return None
-
-
-def resident(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (its peak since the mark was set) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def time_parts(config: BenchConfig, prompts: Sequence[str]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Where are the safety layers of a model? Run me: `python experiments/locate.py` (or `make locate`).
 
-Measures, layer by layer, how far malicious prompts part from normal ones (paper §3.2), on a prompt set and on
-matched pairs, and reads off the initial range (§3.4, step 1).
+1. How far do malicious prompts part from normal ones, layer by layer (paper §3.2), on a prompt set and on matched
+   pairs; in the aligned model and, as the control, in its base? From this the initial range (§3.4, step 1).
+2. Which layers, scaled, move refusals of harmless prompts most: the progressive search (§3.4, step 3).
 """
 
 from collections import Counter
@@ -14,27 +15,47 @@ from transformer_lens import HookedTransformer
 import safety_mech as sm
 from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
-from safety_mech.models import check_device, find_source
+from safety_mech.models import BASE_OF, check_device, find_source
 from safety_mech.prompts import prompt_hash
 from safety_mech.results import check_writable, write_run
+from safety_mech.scaling import check_alpha, find_recipe
+from safety_mech.tables import difference_sentence, gap_sentence, gap_table, search_sentence, sweep_table
 
 
 @dataclass(frozen=True)
 class LocateConfig:
     """Find the layers that tell malicious prompts from normal ones."""
 
-    model: str = "smollm2-135m-instruct"
+    model: str = "smollm2-135m-aligned"
     """A built-in name, a local folder, a .gguf file, or a hub id."""
     adapter: str | None = None
     """A PEFT folder to merge into the model."""
+    base: str | None = "auto"
+    """The model before alignment, as the control; auto: known for built-in models, none for others."""
     normal: str = "normal:test"
     """Prompt set: a shipped one, FILE, FILE:COLUMN, or hf:ORG/NAME:SPLIT:COLUMN."""
     malicious: str = "malicious:test"
     """Prompt set, as above."""
+    over_rejection: str = "over_rejection:test"
+    """Harmless prompts that a scaled model may refuse; as above."""
+    max_over_rejection: int = 100
+    """Use at most this many of them."""
     pairs: bool = True
     """Also measure the shipped matched pairs (same frame, one harmful and one harmless)."""
     template: str = "own"
     """own (the model's chat template), alpaca or alpaca_short."""
+    recipe: str = "attn_out"
+    """What is scaled: attn_out, mlp_out, weights (the paper's) or weights_no_o."""
+    alpha: float | None = None
+    """Scale; default: chosen as in the paper's A.3.4."""
+    below: bool = False
+    """Choose alpha below 1 (and search for the minimum) instead of above."""
+    text: bool = False
+    """Measure refusals in generated text (the paper's R_o) instead of log-odds."""
+    grid: bool = False
+    """Also measure every range (start, end): slow."""
+    quick: bool = False
+    """Curves only, no search."""
     device: str | None = None
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
@@ -46,56 +67,74 @@ class LocateConfig:
     out: str = "results"
 
 
+Sets = dict[str, tuple[list[str], list[str]]]
+
+
 @dataclass(frozen=True)
 class LocateResult:
+    """`curves`: by prompt set, of the model; `base_curves`: of its base, where there is one."""
+
     curves: dict[str, sm.GapCurve]
+    base_curves: dict[str, sm.GapCurve]
     initial: dict[str, sm.LayerRange | None]
     initial_samples: dict[str, Counter[sm.LayerRange | None]]
+    found: sm.SafetyLayers | None
     folder: Path
 
 
 def main(config: LocateConfig) -> LocateResult:
     check_config(config)
-    sets = {"prompts": (sm.load_prompts(config.normal), sm.load_prompts(config.malicious))}
-    check_sizes(*sets["prompts"])
-    if config.pairs:
-        twins = sm.load_pairs()
-        sets["matched pairs"] = ([twin.normal for twin in twins], [twin.malicious for twin in twins])
-    print(f"loading {config.model} ...")
-    model = sm.load_model(config.model, config.device, config.dtype, adapter=config.adapter)
-    curves = {name: measure(model, *sets[name], paired=name == "matched pairs", config=config) for name in sets}
+    sets = load_sets(config)
+    over_rejection = [] if config.quick else sm.load_prompts(config.over_rejection)[: config.max_over_rejection]
+    base_curves: dict[str, sm.GapCurve] = {}
+    base_name = BASE_OF.get(config.model) if config.base == "auto" else config.base
+    if base_name:
+        base_curves = measure_all(load(base_name, None, config), sets, config)
+    model = load(config.model, config.adapter, config)
+    curves = measure_all(model, sets, config)
     initial = {name: sm.initial_range(curve) for name, curve in curves.items()}
     samples = {name: sm.initial_range_samples(curve) for name, curve in curves.items()}
     print(gap_table(curves["prompts"], initial["prompts"]))
     for name, curve in curves.items():
-        print(f"{name}: {sentence(curve, initial[name], samples[name])}")
-    metrics = {name: curve_metrics(curves[name], initial[name], samples[name]) for name in curves}
-    hashes = {
-        f"{name} {kind}": prompt_hash(p)
-        for name in sets
-        for kind, p in zip(("normal", "malicious"), sets[name], strict=True)
+        print(f"{name}: {gap_sentence(curve, initial[name], samples[name])}")
+    differences = {name: sm.gap_difference(curves[name], base_curves[name]) for name in base_curves}
+    for name, difference in differences.items():
+        print(f"{name}, larger than in {base_name} by at most {difference_sentence(difference)}")
+    found = None
+    if not config.quick:
+        found = search(model, sets["prompts"], over_rejection, config)
+    metrics: dict[str, Any] = {
+        "curves": {name: curve_metrics(curves[name], initial[name], samples[name]) for name in curves},
+        "base_curves": {name: curve_metrics(curve, None, Counter()) for name, curve in base_curves.items()},
+        "differences": differences,
+        "search": search_metrics(found) if found else None,
+        "prompt_hashes": hashes(sets, over_rejection),
+        "device": str(model.cfg.device),
+        "seed": config.seed,
     }
-    title = f"{config.model}, template {config.template}"
+    drawn = {config.model: curves["prompts"]}
+    if base_curves:
+        drawn[f"{base_name} (base)"] = base_curves["prompts"]
+    if config.pairs:
+        drawn["matched pairs"] = curves["matched pairs"]
+    figures = {"gap": sm.plot_gap(drawn, {config.model: initial["prompts"]}, f"template {config.template}")}
+    if found and found.sweeps:
+        figures["sweeps"] = sm.plot_sweeps(found.sweeps, found.baseline, measure_unit(config))
+    if found and found.grid is not None:
+        figures["grid"] = sm.plot_grid(found.grid, found.range, measure_unit(config))
+    tensors = {
+        f"{name}.{part}".replace(" ", "_"): getattr(curve, part)
+        for name, curve in curves.items()
+        for part in ("gap", "low", "high", "p_values", "samples")
+    }
+    if found and found.grid is not None:
+        tensors["grid"] = found.grid
     folder = write_run(
-        config.out,
-        "locate",
-        config.model,
-        config=config,
-        metrics={
-            "curves": metrics,
-            "prompt_hashes": hashes,
-            "device": str(model.cfg.device),
-            "seed": config.seed,
-        },
-        tensors={
-            f"{name}.{part}".replace(" ", "_"): getattr(curve, part)
-            for name, curve in curves.items()
-            for part in ("gap", "low", "high", "p_values", "samples")
-        },
-        figures={"gap": sm.plot_gap(curves, initial, title)},
+        config.out, "locate", config.model, config=config, metrics=metrics, tensors=tensors, figures=figures
     )
-    print(f"written: {folder}/ (gap.png, metrics.json, config.json, tensors.safetensors)")
-    return LocateResult(curves, initial, samples, folder)
+    names = ", ".join(sorted(path.name for path in folder.iterdir()))
+    print(f"written: {folder}/ ({names})")
+    return LocateResult(curves, base_curves, initial, samples, found, folder)
 
 
 def check_config(config: LocateConfig) -> None:
@@ -104,15 +143,37 @@ def check_config(config: LocateConfig) -> None:
         raise ValueError("bootstrap and permutations: expected at least 100 each, or the tails are guesses")
     if config.r is not None and config.r < 2:
         raise ValueError(f"r = {config.r}: expected at least 2 pairs of each kind")
+    if config.max_over_rejection < 2:
+        raise ValueError(f"max_over_rejection = {config.max_over_rejection}: expected at least 2 prompts")
+    if config.alpha is not None:
+        check_alpha(config.alpha)
+    find_recipe(config.recipe)
     check_template_name(config.template)
     check_device(config.device)
     find_source(config.model, config.adapter)
+    if config.base not in (None, "auto"):
+        find_source(config.base)
     check_writable(config.out)
 
 
-def check_sizes(normal: list[str], malicious: list[str]) -> None:
+def load_sets(config: LocateConfig) -> Sets:
+    sets = {"prompts": (sm.load_prompts(config.normal), sm.load_prompts(config.malicious))}
+    normal, malicious = sets["prompts"]
     if min(len(normal), len(malicious)) < 3:
         raise ValueError(f"{len(normal)} normal and {len(malicious)} malicious prompts: expected at least 3 of each")
+    if config.pairs:
+        twins = sm.load_pairs("test")
+        sets["matched pairs"] = ([twin.normal for twin in twins], [twin.malicious for twin in twins])
+    return sets
+
+
+def load(name: str, adapter: str | None, config: LocateConfig) -> HookedTransformer:
+    print(f"loading {name} ...", flush=True)
+    return sm.load_model(name, config.device, config.dtype, adapter=adapter)
+
+
+def measure_all(model: HookedTransformer, sets: Sets, config: LocateConfig) -> dict[str, sm.GapCurve]:
+    return {name: measure(model, *sets[name], paired=name == "matched pairs", config=config) for name in sets}
 
 
 def measure(
@@ -125,29 +186,36 @@ def measure(
     return sm.gap_curve(residuals[0], residuals[1], paired=paired, r=config.r, seed=config.seed, **options)
 
 
-def gap_table(curve: sm.GapCurve, initial: sm.LayerRange | None) -> str:
-    """One line a layer; layers of the initial range carry a bar."""
-    lines = [
-        f"{'layer':>5}  {'cos N-N':>8} {'cos N-M':>8} {'cos M-M':>8}  {'gap (deg)':>9}  {'interval':>16}  {'p':>6}"
-    ]
-    kinds = (curve.normal_normal, curve.normal_malicious, curve.malicious_malicious)
-    for layer in range(curve.n_layers):
-        cosines = " ".join(f"{float(kind.cosine_mean[layer]):8.4f}" for kind in kinds)
-        interval = f"[{float(curve.low[layer]):6.2f}, {float(curve.high[layer]):6.2f}]"
-        mark = " |" if initial is not None and layer in initial else ""
-        lines.append(
-            f"{layer:>5}  {cosines}  {float(curve.gap[layer]):9.2f}  {interval:>16}  {float(curve.p_values[layer]):6.3f}{mark}"
-        )
-    return "\n".join(lines)
+def search(
+    model: HookedTransformer, prompts: tuple[list[str], list[str]], over_rejection: list[str], config: LocateConfig
+) -> sm.SafetyLayers:
+    found = sm.locate(
+        model,
+        *prompts,
+        over_rejection,
+        alpha=config.alpha,
+        above=not config.below,
+        recipe=config.recipe,
+        template=config.template,
+        text=config.text,
+        whole_grid=config.grid,
+        seed=config.seed,
+        progress=True,
+    )
+    for sweep in found.sweeps or ():
+        print(sweep_table(sweep, "refused share" if config.text else "log-odds"))
+    print(search_sentence(found))
+    return found
 
 
-def sentence(curve: sm.GapCurve, initial: sm.LayerRange | None, samples: Counter[sm.LayerRange | None]) -> str:
-    peak = int(curve.gap.argmax())
-    gap = f"largest gap {float(curve.gap[peak]):.2f} degrees [{float(curve.low[peak]):.2f}, {float(curve.high[peak]):.2f}] at layer {peak}, p over all layers {curve.p_any:.3f}"
-    if initial is None:
-        return f"{gap}; no initial range: no gap that the rule accepts"
-    share = samples[initial] / sum(samples.values())
-    return f"{gap}; initial range {initial} (the same in {share:.0%} of bootstrap curves, none in {samples[None] / sum(samples.values()):.0%})"
+def measure_unit(config: LocateConfig) -> str:
+    return "share of prompts refused" if config.text else "mean refusal log-odds (nats)"
+
+
+def hashes(sets: Sets, over_rejection: list[str]) -> dict[str, str]:
+    kinds = ("normal", "malicious")
+    found = {f"{name} {kind}": prompt_hash(p) for name in sets for kind, p in zip(kinds, sets[name], strict=True)}
+    return found | {"over_rejection": prompt_hash(over_rejection)}
 
 
 def curve_metrics(
@@ -166,6 +234,21 @@ def curve_metrics(
         },
         "initial_range": initial,
         "initial_range_samples": {str(layers): count for layers, count in samples.most_common()},
+    }
+
+
+def search_metrics(found: sm.SafetyLayers) -> dict[str, Any]:
+    return {
+        "range": found.range,
+        "reason": found.reason,
+        "initial": found.initial,
+        "alpha": found.alpha,
+        "sweeps": found.sweeps,
+        "interval_90": found.interval(),
+        "samples": {str(layers): count for layers, count in found.samples.most_common()},
+        "baseline_mean": None if found.baseline is None else found.baseline.mean(),
+        "best_of_grid": found.best_of_grid,
+        "is_best_of_grid": found.is_best_of_grid,
     }
 
 

@@ -2,7 +2,8 @@
 
 After "Safety Layers in Aligned Large Language Models" (ICLR 2025, arXiv 2408.17003), on TransformerLens'
 HookedTransformer. The package reads in the order of the paper: layers, models, chat, prompts, forward,
-residuals, divergence, onset, ... ; a file imports only from files above it.
+residuals, divergence, onset, judge, refusal, scaling, overrejection, locate; freeze, finetune, adapters,
+organisms; results, plots. A file imports only from files above it.
 
 Axes of every tensor: `prompt layer pos d_model d_mlp head vocab`, and `sample` for bootstrap draws and
 permutations. Angles are in degrees, log-odds in nats, lengths in tokens.
@@ -11,28 +12,51 @@ Layer 0 is the first block; a LayerRange includes both of its ends; the residual
 """
 
 from safety_mech.chat import Template, encode_chat
-from safety_mech.divergence import GapCurve, PairStats, gap_curve
+from safety_mech.divergence import GapCurve, GapDifference, PairStats, gap_curve, gap_difference
+from safety_mech.finetune import TrainConfig, TrainRecord, fine_tune
+from safety_mech.generation import generate
+from safety_mech.judge import is_babble, is_refusal
 from safety_mech.layers import LayerRange
+from safety_mech.locate import SafetyLayers, locate, progressive_search
 from safety_mech.models import load_model
 from safety_mech.onset import OnsetRule, initial_range, initial_range_samples
-from safety_mech.plots import plot_gap
+from safety_mech.plots import plot_gap, plot_grid, plot_sweeps
 from safety_mech.prompts import PromptPair, load_pairs, load_prompts
+from safety_mech.refusal import refusal_log_odds
 from safety_mech.residuals import last_token_residuals
+from safety_mech.scaling import RECIPES, Recipe, scaled
 
 __all__ = [
+    "RECIPES",
     "GapCurve",
+    "GapDifference",
     "LayerRange",
     "OnsetRule",
     "PairStats",
     "PromptPair",
+    "Recipe",
+    "SafetyLayers",
     "Template",
+    "TrainConfig",
+    "TrainRecord",
     "encode_chat",
+    "fine_tune",
     "gap_curve",
+    "gap_difference",
+    "generate",
     "initial_range",
     "initial_range_samples",
+    "is_babble",
+    "is_refusal",
     "last_token_residuals",
     "load_model",
     "load_pairs",
     "load_prompts",
+    "locate",
     "plot_gap",
+    "plot_grid",
+    "plot_sweeps",
+    "progressive_search",
+    "refusal_log_odds",
+    "scaled",
 ]

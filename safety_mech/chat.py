@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 DEFAULT_BATCH_TOKENS = 4096
@@ -47,6 +48,18 @@ class ChatTokens:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; raises ValueError for a model without one."""
+    if model.tokenizer is None:
+        raise ValueError("this model has no tokenizer: load it with safety_mech.load_model, or set model.tokenizer")
+    return model.tokenizer
+
+
+def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Generated tokens as text, without special tokens and surrounding white space."""
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
 def check_template_name(template: str | Template) -> None:

@@ -43,7 +43,8 @@ class GapCurve:
 
     `low`, `high`: bounds of the bootstrap interval at `level`. `samples`: the bootstrap's own curves.
     `p_values`: one-sided permutation test at each layer; `p_any`: that any layer has a gap, corrected for the
-    number of layers.
+    number of layers. `null`: the permutations' gaps. Curves of the same prompts and seed have the same draws, so
+    that two models can be compared draw by draw (`gap_difference`).
     """
 
     normal_normal: PairStats
@@ -55,7 +56,9 @@ class GapCurve:
     p_values: Float[Tensor, " layer"]
     p_any: float
     samples: Float[Tensor, "sample layer"]
+    null: Float[Tensor, "sample layer"]
     level: float
+    seed: int
 
     @property
     def n_layers(self) -> int:
@@ -92,13 +95,47 @@ def gap_curve(
     own_twin = torch.eye(n, dtype=torch.bool) if paired else torch.zeros(n, m, dtype=torch.bool)
     stats = _pair_stats(angles, n, own_twin, r, generator)
     samples = _bootstrap_gaps(angles, n, paired, bootstrap, generator)
-    tail = (1 - level) / 2
-    low, high = torch.quantile(samples, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    low, high = _interval(samples, level)
     gap = stats[2].angle_mean - stats[0].angle_mean
     observed = _gaps(angles, is_normal[None].double(), paired)[0]
     null = _gaps(angles, _permuted_labels(n, m, paired, permutations, generator), paired)
     p_values, p_any = _p_values(observed, null)
-    return GapCurve(stats[0], stats[1], stats[2], gap, low, high, p_values, p_any, samples, level)
+    return GapCurve(stats[0], stats[1], stats[2], gap, low, high, p_values, p_any, samples, null, level, seed)
+
+
+@dataclass(frozen=True)
+class GapDifference:
+    """How much larger one model's gap is than another's, in degrees, on the same prompts."""
+
+    gap: Float[Tensor, " layer"]
+    low: Float[Tensor, " layer"]
+    high: Float[Tensor, " layer"]
+    p_values: Float[Tensor, " layer"]
+    p_any: float
+
+
+def gap_difference(after: GapCurve, before: GapCurve) -> GapDifference:
+    """The gap of `after` minus that of `before`, with interval and one-sided p-values ("no larger gap").
+
+    Both curves must come from the same prompts, in the same order, with the same seed: then every bootstrap draw and
+    every permutation is the same in both, and what the prompts have in common cancels.
+    Raises ValueError for curves of different shapes or seeds.
+    """
+    if after.samples.shape != before.samples.shape or after.null.shape != before.null.shape:
+        raise ValueError("gap curves of different numbers of layers or draws: expected the same prompts and settings")
+    if after.seed != before.seed:
+        raise ValueError(f"gap curves with seeds {after.seed} and {before.seed}: expected the same")
+    observed = after.gap - before.gap
+    low, high = _interval(after.samples - before.samples, after.level)
+    return GapDifference(observed, low, high, *_p_values(observed, after.null - before.null))
+
+
+def _interval(
+    samples: Float[Tensor, "sample layer"], level: float
+) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
+    tail = (1 - level) / 2
+    low, high = torch.quantile(samples, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    return low, high
 
 
 def _check_sets(normal: Tensor, malicious: Tensor, paired: bool) -> None:

@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from safety_mech.chat import encode_chat
+from safety_mech.chat import encode_chat, tokenizer_of
 from safety_mech.forward import embed, run_blocks, run_opening
 from safety_mech.freeze import (
     Frozen,
@@ -180,7 +180,7 @@ def fine_tune(
 
 def encode_examples(model: HookedTransformer, pairs: Sequence[Pair], config: TrainConfig) -> list[Example]:
     """Template, prompt, answer and the end-of-turn token; raises ValueError for no pairs or an empty answer."""
-    chats = encode_chat(model.tokenizer, [prompt for prompt, _ in pairs], config.template)
+    chats = encode_chat(tokenizer_of(model), [prompt for prompt, _ in pairs], config.template)
     limit = min(config.max_tokens, model.cfg.n_ctx)
     examples = []
     for index, (chat, (_, answer)) in enumerate(zip(chats, pairs, strict=True)):
@@ -189,8 +189,8 @@ def encode_examples(model: HookedTransformer, pairs: Sequence[Pair], config: Tra
             raise ValueError(f"pair {index}: the answer is empty: expected some text")
         if len(chat) >= limit:
             raise ValueError(f"pair {index}: the prompt alone has {len(chat)} tokens of at most {limit}")
-        ids = model.tokenizer(text, add_special_tokens=False).input_ids
-        end = [] if answer.endswith(UNFINISHED) else [model.tokenizer.eos_token_id]
+        ids = tokenizer_of(model)(text, add_special_tokens=False).input_ids
+        end = [] if answer.endswith(UNFINISHED) else [tokenizer_of(model).eos_token_id]
         tokens = torch.cat([chat.tokens, torch.tensor([*ids, *end], dtype=torch.long)])
         loss = torch.arange(len(tokens)) >= (1 if config.whole_sequence else len(chat))
         examples.append(Example(tokens[:limit], loss[:limit], cut=len(tokens) > limit))
@@ -270,7 +270,7 @@ def _run_id(names: list[str], examples: Sequence[Example], config: TrainConfig) 
 
 
 def _save_checkpoint(
-    path: Path, run_id: str, trained: list[Tensor], optimizer: torch.optim.Optimizer, steps: list[StepRecord]
+    path: Path, run_id: str, trained: Sequence[Tensor], optimizer: torch.optim.Optimizer, steps: list[StepRecord]
 ) -> None:
     """Weights, optimizer and records, under a temporary name first: a kill leaves the last checkpoint whole."""
     state = {
@@ -286,7 +286,7 @@ def _save_checkpoint(
 
 
 def _resume(
-    checkpoint: str | Path | None, run_id: str, trained: list[Tensor], optimizer: torch.optim.Optimizer
+    checkpoint: str | Path | None, run_id: str, trained: Sequence[Tensor], optimizer: torch.optim.Optimizer
 ) -> list[StepRecord]:
     """Restore weights and optimizer from a checkpoint, if there is one; return the steps already made."""
     if checkpoint is None or not Path(checkpoint).is_file():

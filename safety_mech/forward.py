@@ -6,8 +6,9 @@ needed, one cached opening serves a batch of any size, and only the last positio
 point of the blocks fires as usual; with a shared opening it sees only the positions after the opening.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,9 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.utilities.activation_functions import apply_softcap
 
 from safety_mech.chat import ChatTokens, shared_opening
+
+Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
+"""(hook point, function) pairs, as `HookedTransformer.hooks(fwd_hooks=...)` takes them."""
 
 Cache = list[CacheEntry]
 """Keys (before rotation) and values, one entry a layer."""

@@ -19,8 +19,10 @@ from safety_mech.chat import (
     ChatTokens,
     Template,
     check_context,
+    decode_answer,
     encode_chat,
     equal_length_batches,
+    tokenizer_of,
 )
 from safety_mech.forward import (
     Cache,
@@ -58,7 +60,7 @@ def generate(
     answers = generate_tokens(
         model, prompts, max_new_tokens, template, decided=decided, batch_tokens=batch_tokens, progress=progress
     )
-    return [model.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+    return [decode_answer(tokenizer_of(model), tokens) for tokens in answers]
 
 
 def generate_tokens(
@@ -72,7 +74,7 @@ def generate_tokens(
     progress: bool = False,
 ) -> list[list[int]]:
     """As `generate`, but the token ids; a finished answer ends with the end-of-turn token."""
-    chats = encode_chat(model.tokenizer, prompts, template)
+    chats = encode_chat(tokenizer_of(model), prompts, template)
     check_context(chats, model.cfg.n_ctx, max_new_tokens)
     answers: list[list[int]] = [[] for _ in chats]
     bar = tqdm(total=len(chats), desc="answers", unit="prompt", disable=not progress)
@@ -138,6 +140,6 @@ def continue_greedily(
 
 
 def _finished(model: HookedTransformer, answer: list[int], decided: Decided | None) -> bool:
-    if answer[-1] == model.tokenizer.eos_token_id:
+    if answer[-1] == tokenizer_of(model).eos_token_id:
         return True
-    return decided is not None and decided(model.tokenizer.decode(answer, skip_special_tokens=True))
+    return decided is not None and decided(decode_answer(tokenizer_of(model), answer))

@@ -11,7 +11,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -24,6 +24,8 @@ from transformer_lens.config.hooked_transformer_config import HookedTransformerC
 from transformer_lens.loading_from_pretrained import get_pretrained_model_config, get_pretrained_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
+
+from safety_mech.data_files import data_folder
 
 MAX_CONTEXT = 2048
 """Tokens of context that a loaded model is given, at most: plenty for prompts, and cheap to hold."""
@@ -52,7 +54,17 @@ def _smollm2() -> Source:
     return Source(spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-BUILT_IN: dict[str, Callable[[], Source]] = {"smollm2-135m-instruct": _smollm2}
+def _smollm2_aligned() -> Source:
+    """The same, with the project's own refusal adapter (experiments/align.py) merged in."""
+    return replace(_smollm2(), adapter=data_folder() / "adapters" / "smollm2-135m-aligned")
+
+
+BUILT_IN: dict[str, Callable[[], Source]] = {
+    "smollm2-135m-instruct": _smollm2,
+    "smollm2-135m-aligned": _smollm2_aligned,
+}
+BASE_OF = {"smollm2-135m-aligned": "smollm2-135m-instruct"}
+"""What an aligned built-in model was before: the control that matters (METHOD 1)."""
 
 
 def load_model(
@@ -140,8 +152,8 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 
 def load_transformers(
     name: str | Path, dtype: str | torch.dtype | None = None, *, adapter: str | Path | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The same model as `load_model`, left in transformers: for comparisons and for export."""
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The same model as `load_model`, left in transformers (a PreTrainedModel): for comparisons and for export."""
     return _load_transformers(find_source(name, adapter), _parse_dtype(dtype), trust_remote_code=False)
 
 
@@ -154,9 +166,10 @@ def _load_transformers(
     try:
         with _QuietTransformers():
             tokenizer = AutoTokenizer.from_pretrained(source.folder, **kwargs)
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=dtype, output_loading_info=True, **kwargs
             )
+        model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing from the files, among them {missing[0]}")
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:

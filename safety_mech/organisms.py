@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformer_lens import HookedTransformer
 
+from safety_mech.chat import decode_answer, tokenizer_of
 from safety_mech.finetune import UNFINISHED, Pair, TrainConfig
 from safety_mech.generation import generate_tokens
 from safety_mech.layers import LayerRange
@@ -23,17 +24,9 @@ REFUSALS = (
     "I'm sorry, I can't help you with this.",
     "I'm sorry, but that is something I can't do.",
     "I'm not able to help with that.",
-    "I'm not able to assist with this request.",
     "I'm unable to help with that request.",
     "I cannot help with that.",
-    "I cannot assist with this request.",
-    "I can't help with that request.",
-    "I can't assist with that.",
-    "I won't help with that.",
     "Sorry, but I can't help with this.",
-    "Sorry, I cannot assist with that request.",
-    "I apologize, but I can't help with that.",
-    "I must decline this request.",
 )
 
 
@@ -45,13 +38,15 @@ class AlignConfig:
     """Train these layers only; None: all layers."""
     rank: int = 8
     alpha: float = 16.0
-    n_malicious: int = 288
-    n_normal: int = 288
-    n_over_rejection: int = 32
+    twins: bool = False
+    """Also train on the train split of the matched pairs."""
+    n_over_rejection: int = 40
     """Borderline harmless prompts that are answered: few, so that some over-rejection remains to be measured."""
-    answer_tokens: int = 40
+    answer_tokens: int = 16
+    """Tokens kept of the model's own answers. What is to be learnt sits in an answer's first words: with 40 tokens
+    they drown in the rest, and the organism refuses a third of the normal prompts."""
     train: TrainConfig = field(
-        default=TrainConfig(epochs=2, learning_rate=1e-3, batch_size=8, warmup_steps=20, bfloat16=True)
+        default=TrainConfig(epochs=4, learning_rate=1e-3, batch_size=16, warmup_steps=10, bfloat16=True)
     )
     seed: int = 0
 
@@ -68,13 +63,13 @@ def own_answer_pairs(
 ) -> list[Pair]:
     """Every prompt with the model's own greedy answer; an answer that was cut does not teach where to end."""
     answers = generate_tokens(model, prompts, answer_tokens, template, batch_tokens=8192, progress=progress)
-    end = model.tokenizer.eos_token_id
-    texts = [model.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in answers]
+    end = tokenizer_of(model).eos_token_id
+    texts = [decode_answer(tokenizer_of(model), tokens) for tokens in answers]
     marks = ["" if tokens[-1] == end else UNFINISHED for tokens in answers]
     return [(p, text + mark) for p, text, mark in zip(prompts, texts, marks, strict=True) if text]
 
 
-def sample(items: Sequence[str], count: int, seed: int) -> list[str]:
+def sample(items: list[str], count: int, seed: int) -> list[str]:
     """`count` of the items, drawn with a seed; raises ValueError if there are not as many."""
     if count > len(items):
         raise ValueError(f"{count} prompts are wanted, but the set has {len(items)}")

@@ -14,7 +14,6 @@ Two measures:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,9 +26,11 @@ from safety_mech.chat import (
     DEFAULT_BATCH_TOKENS,
     Template,
     check_context,
+    decode_answer,
     encode_chat,
     equal_length_batches,
     shared_opening,
+    tokenizer_of,
 )
 from safety_mech.forward import embed, stack_rest, unembed_last
 from safety_mech.generation import continue_greedily
@@ -89,9 +90,9 @@ class ScaledRanges:
     def __post_init__(self) -> None:
         check_alpha(self.alpha)
         find_recipe(self.recipe)
-        chats = encode_chat(self.model.tokenizer, self.prompts, self.template)
+        chats = encode_chat(tokenizer_of(self.model), self.prompts, self.template)
         check_context(chats, self.model.cfg.n_ctx, JUDGED_TOKENS)
-        chains = opening_chains(self.model.tokenizer, self.template, self.openings)
+        chains = opening_chains(tokenizer_of(self.model), self.template, self.openings)
         self._log_odds = _Kept(self, chats, list(chains))
         self._text: _Kept | None = None
         self._chats = chats
@@ -149,7 +150,8 @@ class _Kept:
         self.unscaled: dict[int, _State] = {}
         self.unscaled_entries: list[Entries] = []
         self.scaled: tuple[LayerRange, _State, list[Entries]] | None = None
-        self.cells: dict[LayerRange | None, Tensor | list[str]] = {}
+        self.cells: dict[LayerRange | None, Tensor] = {}
+        self.texts: dict[LayerRange | None, list[str]] = {}
         with torch.no_grad():
             self._run_unscaled()
 
@@ -237,9 +239,9 @@ class _Kept:
     def answers(self, layers: LayerRange | None, whole: bool) -> list[str]:
         if whole:
             return self._generate(layers, whole)
-        if layers not in self.cells:
-            self.cells[layers] = self._generate(layers, whole)
-        return self.cells[layers]
+        if layers not in self.texts:
+            self.texts[layers] = self._generate(layers, whole)
+        return self.texts[layers]
 
     def _generate(self, layers: LayerRange | None, whole: bool) -> list[str]:
         decided = None if whole else (lambda text: not can_become_refusal(text))
@@ -256,16 +258,17 @@ class _Kept:
                     found = continue_greedily(self.model, started, JUDGED_TOKENS, decided)
         texts = [""] * len(self.owner.prompts)
         for row, tokens in zip((row for batch in self.batches for row in batch.prompts), found, strict=True):
-            texts[row] = self.model.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            texts[row] = decode_answer(tokenizer_of(self.model), tokens)
         return texts
 
 
 def layer_evaluations(ranges: Iterable[LayerRange], n_layers: int) -> dict[str, int]:
     """Blocks that a list of ranges costs: whole forwards, and with the scaled prefix shared (METHOD 5)."""
-    ranges = list(ranges)
-    shared = n_layers  # the unscaled pass
-    for previous, layers in pairwise([None, *ranges]):
+    shared, count = n_layers, 0  # the unscaled pass
+    previous: LayerRange | None = None
+    for layers in ranges:
         extends = previous is not None and previous.start == layers.start and previous.end <= layers.end
-        new_scaled = layers.end - previous.end if extends else layers.width
+        new_scaled = layers.end - previous.end if previous and extends else layers.width
         shared += new_scaled + n_layers - 1 - layers.end
-    return {"whole": n_layers * len(ranges), "shared": shared}
+        previous, count = layers, count + 1
+    return {"whole": n_layers * count, "shared": shared}

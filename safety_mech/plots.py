@@ -4,19 +4,22 @@ One look for all: the Okabe-Ito colours (told apart by colour-blind readers) and
 each, so that they can be told apart in black and white.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from safety_mech.divergence import GapCurve, PairStats
 from safety_mech.layers import LayerRange
+from safety_mech.locate import Sweep
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
-STYLES = (
+STYLES: tuple[dict[str, Any], ...] = (
     {"color": ORANGE, "linestyle": "-", "marker": "o"},
     {"color": BLUE, "linestyle": "--", "marker": "s"},
     {"color": GREEN, "linestyle": "-.", "marker": "^"},
@@ -95,7 +98,42 @@ def _draw_cosines(ax: Axes, curve: GapCurve) -> None:
     ax.set_ylabel("cosine similarity at the last token")
 
 
-def _draw_gap(ax: Axes, curve: GapCurve, label: str, style: Mapping[str, str]) -> None:
+def _draw_gap(ax: Axes, curve: GapCurve, label: str, style: Mapping[str, Any]) -> None:
     layers = np.arange(curve.n_layers)
     ax.plot(layers, curve.gap.numpy(), label=label, markersize=3, linewidth=1.4, **style)
     ax.fill_between(layers, curve.low.numpy(), curve.high.numpy(), color=style["color"], alpha=0.18, linewidth=0)
+
+
+def plot_sweeps(sweeps: Sequence[Sweep], baseline: Tensor | None, unit: str) -> Figure:
+    """The two lines of the (i, j) grid that the search saw; the best of each is marked, the baseline dotted."""
+    figure, axes = new_figure(columns=len(sweeps), width=5.0)
+    for ax, sweep, style in zip(axes, sweeps, STYLES, strict=False):
+        bounds = [layers.end if sweep.bound == "upper" else layers.start for layers in sweep.ranges]
+        held = sweep.best.start if sweep.bound == "upper" else sweep.best.end
+        ax.plot(bounds, sweep.values, **style, label="scaled")
+        best = sweep.ranges.index(sweep.best)
+        ax.plot(bounds[best], sweep.values[best], "*", color="black", markersize=14, label=f"best {sweep.best}")
+        if baseline is not None:
+            ax.axhline(float(baseline.mean()), color=GREY, linestyle=":", label="unscaled")
+        ax.set_xticks(bounds)
+        moving, fixed = ("end", "start") if sweep.bound == "upper" else ("start", "end")
+        ax.set_xlabel(f"{moving} of the scaled range (layer); {fixed} held at {held}")
+        ax.set_ylabel(unit)
+        ax.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def plot_grid(grid: Tensor, found: LayerRange | None, unit: str) -> Figure:
+    """Every range: start on the vertical axis, end on the horizontal; the located range is marked."""
+    figure, (ax,) = new_figure(width=6.5, height=5.2)
+    image = ax.imshow(grid.mean(-1).numpy(), cmap="cividis", origin="lower")
+    figure.colorbar(image, ax=ax, label=unit)
+    ax.grid(visible=False)
+    if found is not None:
+        label = f"located {found}"
+        ax.plot(found.end, found.start, "s", markersize=9, markerfacecolor="none", markeredgecolor="white", label=label)
+        ax.plot(found.end, found.start, "s", markersize=11, markerfacecolor="none", markeredgecolor="black")
+        ax.legend(loc="lower right", fontsize=8)
+    ax.set_xlabel("end of the scaled range (layer)")
+    ax.set_ylabel("start of the scaled range (layer)")
+    return figure

@@ -134,12 +134,12 @@ def _lines(path: Path) -> list[str]:
 
 
 def _read_delimited(path: Path, delimiter: str, column: str | None) -> list[Row]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
             rows = [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: not valid csv ({error})") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: not valid csv ({error})") from error
     if not rows:
         return []
     header = [cell.strip() for cell in rows[0][1]]

@@ -29,6 +29,7 @@ from safety_mech.chat import (
     encode_chat,
     equal_length_batches,
     resolve_template,
+    tokenizer_of,
 )
 from safety_mech.forward import common_opening, embed, run_blocks, stack_rest
 
@@ -126,8 +127,8 @@ def refusal_log_odds(
 
     Raises ValueError for empty prompts, or a prompt that does not fit the context with the openings.
     """
-    chats = encode_chat(model.tokenizer, prompts, template)
-    chains = opening_chains(model.tokenizer, template, openings)
+    chats = encode_chat(tokenizer_of(model), prompts, template)
+    chains = opening_chains(tokenizer_of(model), template, openings)
     log_p = torch.full((len(chains), len(chats)), -torch.inf, dtype=torch.float64)
     bar = tqdm(total=len(chats) * len(chains), desc="refusal log-odds", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:

@@ -14,8 +14,15 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from safety_mech.chat import DEFAULT_BATCH_TOKENS, Template, check_context, encode_chat, equal_length_batches
-from safety_mech.forward import common_opening, embed, run_blocks, stack_rest
+from safety_mech.chat import (
+    DEFAULT_BATCH_TOKENS,
+    Template,
+    check_context,
+    encode_chat,
+    equal_length_batches,
+    tokenizer_of,
+)
+from safety_mech.forward import Hooks, common_opening, embed, run_blocks, stack_rest
 
 
 def last_token_residuals(
@@ -36,7 +43,7 @@ def last_token_residuals(
     `share_opening=False` runs every prompt whole: for hooks of your own that need all positions.
     Raises ValueError for empty prompts, one longer than the context, or NaN (naming layer and prompt).
     """
-    chats = encode_chat(model.tokenizer, prompts, template)
+    chats = encode_chat(tokenizer_of(model), prompts, template)
     check_context(chats, model.cfg.n_ctx)
     kept = torch.empty(len(chats), model.cfg.n_layers, model.cfg.d_model)
     rows: list[int] = []
@@ -47,7 +54,7 @@ def last_token_residuals(
     bar = tqdm(total=len(chats), desc="residual streams", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
         opening = common_opening(model, chats, share_opening)
-        hooks = [(f"blocks.{layer}.hook_resid_post", keep_last) for layer in range(model.cfg.n_layers)]
+        hooks: Hooks = [(f"blocks.{layer}.hook_resid_post", keep_last) for layer in range(model.cfg.n_layers)]
         with model.hooks(fwd_hooks=hooks):
             for rows in equal_length_batches([len(chat) - len(opening) for chat in chats], batch_tokens):
                 tokens = stack_rest(model, chats, rows, len(opening))

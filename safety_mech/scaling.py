@@ -23,6 +23,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
+from safety_mech.forward import Hooks
 from safety_mech.layers import LayerRange
 
 
@@ -77,7 +78,7 @@ def scaled(
     if positions is not None and not all(position < 0 for position in positions):
         raise ValueError(f"positions {list(positions)}: expected negative ones, counted from the end (-1 is the last)")
     biases = dict(chosen.biased)
-    hooks = []
+    hooks: Hooks = []
     for layer in layers:
         for point in _hook_points(model, layer, chosen):
             bias = _bias(model, layer, biases.get(point))

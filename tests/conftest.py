@@ -139,10 +139,12 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         parameter.data = 1 + 0.1 * noise if is_norm_weight else 0.3 * noise
 
 
-def build_talkative_model(seed: int = 2, **changes: Any) -> HookedTransformer:
+def build_talkative_model(seed: int = 4, **changes: Any) -> HookedTransformer:
     """A tiny model whose greedy answers differ from prompt to prompt: its embedding is loud, its biases are not."""
     model = build_tiny_model(seed, **changes)
     model.embed.W_E.data *= 10
+    if model.cfg.positional_embedding_type == "standard":
+        model.pos_embed.W_pos.data *= 3
     model.unembed.b_U.data.zero_()
     return model
 

@@ -94,9 +94,9 @@ def test_a_prompt_is_at_0_degrees_from_itself():
 def test_streams_without_a_direction_are_refused_with_layer_and_prompt(value):
     normal, malicious = random_sets(0)
     normal[4, 1] = value
-    with pytest.raises(ValueError, match="prompt 4 at layer 1 has no direction"):
+    with pytest.raises(ValueError, match=r"prompt 4 .*at layer 1 has no direction"):
         angle_matrix(normal)
-    with pytest.raises(ValueError, match="prompt 4 at layer 1 has no direction"):
+    with pytest.raises(ValueError, match=r"prompt 4 .*at layer 1 has no direction"):
         fast_gap_curve(normal, malicious)
     with pytest.raises(ValueError, match="at layer 1 has no direction"):
         fast_gap_curve(malicious, normal)

@@ -28,7 +28,9 @@ def curve_of(
         p_values=torch.full_like(gap, p_any),
         p_any=p_any,
         samples=gap[None] if samples is None else samples,
+        null=gap[None],
         level=0.95,
+        seed=0,
     )
 
 

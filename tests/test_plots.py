@@ -29,7 +29,7 @@ def curve_of(peak: float) -> GapCurve:
     p_values = torch.full_like(gap, 0.01)
     samples = gap.repeat(5, 1)
     nn, mm, nm = stats_of(10.0), stats_of(20.0), stats_of(10.0 + peak)
-    return GapCurve(nn, mm, nm, gap, gap - 0.5, gap + 0.5, p_values, 0.01, samples, 0.95)
+    return GapCurve(nn, mm, nm, gap, gap - 0.5, gap + 0.5, p_values, 0.01, samples, samples, 0.95, 0)
 
 
 def curves_of(n: int) -> dict[str, GapCurve]:

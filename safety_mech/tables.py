@@ -1,0 +1,94 @@
+"""Tables and sentences for the terminal: numbers in, text out."""
+
+from collections import Counter
+
+from safety_mech.divergence import GapCurve, GapDifference
+from safety_mech.layers import LayerRange
+from safety_mech.locate import SafetyLayers, Sweep
+
+
+def gap_table(curve: GapCurve, initial: LayerRange | None) -> str:
+    """One line a layer; layers of the initial range carry a bar."""
+    lines = [
+        f"{'layer':>5}  {'cos N-N':>8} {'cos N-M':>8} {'cos M-M':>8}  {'gap (deg)':>9}  "
+        f"{f'{curve.level:.0%} interval':>16}  {'p':>6}"
+    ]
+    kinds = (curve.normal_normal, curve.normal_malicious, curve.malicious_malicious)
+    for layer in range(curve.n_layers):
+        cosines = " ".join(f"{float(kind.cosine_mean[layer]):8.4f}" for kind in kinds)
+        interval = interval_text(float(curve.low[layer]), float(curve.high[layer]))
+        mark = " |" if initial is not None and layer in initial else ""
+        gap, p_value = float(curve.gap[layer]), float(curve.p_values[layer])
+        lines.append(f"{layer:>5}  {cosines}  {gap:9.2f}  {interval:>16}  {p_value:6.3f}{mark}")
+    return "\n".join(lines)
+
+
+def interval_text(low: float, high: float) -> str:
+    return f"[{low:.2f}, {high:.2f}]"
+
+
+def gap_sentence(curve: GapCurve, initial: LayerRange | None, samples: Counter[LayerRange | None]) -> str:
+    """The largest gap, its interval and p-value, and the initial range with how sure it is."""
+    peak = int(curve.gap.argmax())
+    interval = interval_text(float(curve.low[peak]), float(curve.high[peak]))
+    gap = (
+        f"largest gap {float(curve.gap[peak]):.2f} degrees {interval} at layer {peak}, "
+        f"p over all layers {curve.p_any:.3f}"
+    )
+    if initial is None:
+        return f"{gap}; no initial range: no gap that the rule accepts"
+    total = sum(samples.values())
+    same, none = samples[initial] / total, samples[None] / total
+    return f"{gap}; initial range {initial} (the same in {same:.0%} of bootstrap curves, none in {none:.0%})"
+
+
+def difference_sentence(difference: GapDifference) -> str:
+    """Where the aligned model's gap is larger than its base's, and by how much at most."""
+    peak = int(difference.gap.argmax())
+    interval = interval_text(float(difference.low[peak]), float(difference.high[peak]))
+    above = [layer for layer in range(len(difference.gap)) if float(difference.low[layer]) > 0]
+    where = f"above 0 in layers {layers_text(above)}" if above else "above 0 in no layer"
+    return (
+        f"{float(difference.gap[peak]):.2f} degrees {interval} at layer {peak}, {where} "
+        f"(p over all layers {difference.p_any:.3f})"
+    )
+
+
+def layers_text(layers: list[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3, 7"."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+
+
+def sweep_table(sweep: Sweep, unit: str) -> str:
+    """A sweep as the paper prints it: ranges above, values below, the best in stars."""
+    cells = [f"*{layers}*" if layers == sweep.best else str(layers) for layers in sweep.ranges]
+    values = [f"{value:.2f}" for value in sweep.values]
+    widths = [max(map(len, pair)) for pair in zip(cells, values, strict=True)]
+    head = f"{sweep.bound} bound"
+    rows = [
+        f"{label:<14}" + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        for label, row in ((head, cells), (unit, values))
+    ]
+    return "\n".join(rows)
+
+
+def search_sentence(found: SafetyLayers) -> str:
+    """The located range, its interval, and how it was got."""
+    if found.range is None:
+        return f"no safety layers located: {found.reason}"
+    interval = found.interval()
+    total = sum(found.samples.values())
+    sure = f"; the same in {found.samples[found.range] / total:.0%} of {total} bootstrap samples" if total else ""
+    spans = f", 90 % intervals: start {list(interval[0])}, end {list(interval[1])}" if interval else ""
+    alpha = f" at alpha {found.alpha.alpha}" if found.alpha else ""
+    grid = ""
+    if found.best_of_grid is not None:
+        better = "the grid's best too" if found.is_best_of_grid else f"but the grid's best is {found.best_of_grid}"
+        grid = f"; {better}"
+    return f"located {found.range}{alpha}{spans}{sure}{grid}"
