@@ -24,6 +24,8 @@ from safety_mech.prompts import prompt_hash
 from safety_mech.results import check_writable, environment, plain, write_json
 
 DEFAULTS = AlignConfig()
+HELD_OUT_TOKENS = 32
+"""Length of the base's own answers on which perplexity is measured: longer than what was trained on."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def main(config: AlignRun) -> Path:
     tests = {name: sm.load_prompts(f"{name}:test") for name in ("malicious", "normal", "over_rejection")} | extra
     print("the base model's own answers ...")
     pairs = training_pairs(model, recipe)
-    held_out = own_answer_pairs(model, tests["normal"], recipe.answer_tokens)
+    held_out = own_answer_pairs(model, tests["normal"], HELD_OUT_TOKENS)
     before = {"refused": rates(model, tests), "perplexity": perplexity(model, held_out)}
     with low_rank_adapters(model, recipe.planted, recipe.rank, recipe.alpha, recipe.seed) as placed:
         record = fine_tune(model, pairs, recipe.train, trainable=is_adapter_parameter, checkpoint=checkpoint)

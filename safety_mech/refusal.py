@@ -144,3 +144,26 @@ def refusal_log_odds(
                 log_p[row, indices] = chain_log_prob(model, scored, chain).cpu()
                 bar.update(len(indices))
     return log_odds(log_p.logsumexp(dim=0))
+
+
+def openings_in_use(
+    model: HookedTransformer,
+    prompts: Sequence[str],
+    template: str | Template = "own",
+    openings: Sequence[str] = REFUSAL_OPENINGS,
+    least: float = 0.01,
+) -> tuple[str, ...]:
+    """The openings that carry at least the share `least` of the refusal probability over these prompts.
+
+    A search over ranges runs every chain of openings for every range: one that this model never uses costs as much
+    as one that it does. At least one opening is always kept.
+    """
+    log_p = torch.stack([_log_probability(refusal_log_odds(model, prompts, template, [text])) for text in openings])
+    mass = log_p.exp().sum(1)
+    shares = mass / mass.sum()
+    kept = tuple(text for text, share in zip(openings, shares.tolist(), strict=True) if share >= least)
+    return kept or (openings[int(shares.argmax())],)
+
+
+def _log_probability(log_odds: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    return torch.nn.functional.logsigmoid(log_odds)

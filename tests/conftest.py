@@ -139,9 +139,9 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         parameter.data = 1 + 0.1 * noise if is_norm_weight else 0.3 * noise
 
 
-def build_talkative_model(seed: int = 4, **changes: Any) -> HookedTransformer:
-    """A tiny model whose greedy answers differ from prompt to prompt: its embedding is loud, its biases are not."""
-    model = build_tiny_model(seed, **changes)
+def build_talkative_model(seed: int = 0, **changes: Any) -> HookedTransformer:
+    """A tiny model whose answers differ from prompt to prompt: a loud embedding, no bias on the logits, four layers."""
+    model = build_tiny_model(seed, **{"n_layers": 4, **changes})
     model.embed.W_E.data *= 10
     if model.cfg.positional_embedding_type == "standard":
         model.pos_embed.W_pos.data *= 3
@@ -150,8 +150,8 @@ def build_talkative_model(seed: int = 4, **changes: Any) -> HookedTransformer:
 
 
 def build_refusing_model() -> HookedTransformer:
-    """A tiny model trained to refuse every second one of PROMPTS, and to answer the others."""
-    model = build_tiny_model()
+    """A tiny model, of four layers, trained to refuse every second one of PROMPTS, and to answer the others."""
+    model = build_tiny_model(n_layers=4)
     for name, parameter in model.named_parameters():
         if name.startswith("blocks.") and not name.endswith(".w"):
             parameter.data *= 0.5

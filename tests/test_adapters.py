@@ -47,7 +47,7 @@ def randomise_updates(placed: list) -> None:
         update.B.data = 0.2 * torch.randn(update.B.shape, generator=generator)
 
 
-# --- on and off --------------------------------------------------------------------------------------------------
+# --- on and off ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("style", [{}, {"n_key_value_heads": None}], ids=["grouped queries", "no grouped queries"])
@@ -156,7 +156,7 @@ def test_gpt2_is_refused(make_tiny_model):
     assert same(state(model), before)
 
 
-# --- together with training and scaling ----------------------------------------------------------------------------
+# --- together with training and scaling ------------------------------------------------------------------------------
 
 
 def test_only_a_and_b_of_the_planted_layers_are_trained(fresh_tiny_model):
@@ -208,7 +208,7 @@ def test_an_update_is_scaled_as_its_weight_is(fresh_tiny_model):
         torch.testing.assert_close(fresh_tiny_model(tokens), adapted, rtol=0, atol=1e-5)
 
 
-# --- saved, and read by peft ---------------------------------------------------------------------------------------
+# --- saved, and read by peft -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["grouped queries", "no grouped queries"])

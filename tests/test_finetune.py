@@ -1,7 +1,8 @@
 """The training loop against a plain one: same loss, same gradients; what is frozen does not move, all else does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,26 @@ def moved(model: HookedTransformer, before: dict[str, Tensor]) -> set[str]:
     return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 
+@pytest.fixture
+def make_tiny_model() -> Callable[..., HookedTransformer]:
+    """Four layers are enough here."""
+    return partial(build_tiny_model, n_layers=4)
+
+
+@pytest.fixture
+def fresh_tiny_model() -> HookedTransformer:
+    return build_tiny_model(n_layers=4)
+
+
 @pytest.fixture(scope="module", params=list(STYLES.values()), ids=list(STYLES))
 def model(request) -> HookedTransformer:
-    model = build_tiny_model(seed=3, **request.param)
+    model = build_tiny_model(seed=3, n_layers=4, **request.param)
     for parameter in model.parameters():
         parameter.data *= 0.5  # so that 1e-5 is a claim about the code, and not about the size of the numbers
     return model
 
 
-# --- examples ------------------------------------------------------------------------------------------------------
+# --- examples --------------------------------------------------------------------------------------------------------
 
 
 def by_hand(model: HookedTransformer, pair: tuple[str, str]) -> tuple[list[int], int]:
@@ -226,7 +238,7 @@ def test_mean_loss_is_the_mean_over_tokens(model):
 # --- what moves ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frozen", [None, LayerRange(2, 4), LayerRange(0, 0), [LayerRange(0, 1), LayerRange(5, 5)]])
+@pytest.mark.parametrize("frozen", [None, LayerRange(1, 2), [LayerRange(0, 0), LayerRange(3, 3)]])
 @pytest.mark.parametrize("freeze_norms", [False, True])
 def test_frozen_parameters_are_bit_identical_and_every_other_one_moves(fresh_tiny_model, frozen, freeze_norms):
     before = state(fresh_tiny_model)
@@ -266,7 +278,7 @@ def gradients(monkeypatch) -> list[list[Tensor]]:
 
 
 def test_what_is_frozen_has_neither_gradient_nor_state(fresh_tiny_model, monkeypatch):
-    model, frozen = fresh_tiny_model, LayerRange(1, 4)
+    model, frozen = fresh_tiny_model, LayerRange(1, 2)
     made: list[torch.optim.AdamW] = []
     with_gradient: list[list[str]] = []
     adamw, clip = torch.optim.AdamW, torch.nn.utils.clip_grad_norm_
@@ -304,7 +316,7 @@ def test_a_broken_freeze_is_noticed(fresh_tiny_model):
         fresh_tiny_model.blocks[2].mlp.W_in.data *= 1.01
 
     with (
-        fresh_tiny_model.hooks([("blocks.5.hook_resid_post", spoil)]),
+        fresh_tiny_model.hooks([("blocks.3.hook_resid_post", spoil)]),
         pytest.raises(RuntimeError, match=r"1 frozen parameters moved, the first is blocks\.2\.mlp\.W_in"),
     ):
         train(fresh_tiny_model, frozen=LayerRange(2, 2))
@@ -334,7 +346,7 @@ def test_a_trained_model_says_what_it_learnt(refusing_model, prompts):
     taught = [(prompt, REFUSAL if index % 2 else ANSWER) for index, prompt in enumerate(prompts)]
     swapped = [(prompt, ANSWER if index % 2 else REFUSAL) for index, prompt in enumerate(prompts)]
     losses = [mean_loss(refusing_model, encode_examples(refusing_model, p, QUICK), QUICK) for p in (taught, swapped)]
-    assert losses[0] + 0.5 < losses[1]
+    assert 2 * losses[0] < losses[1]
 
 
 def test_a_step_is_adamw_with_clipping(make_tiny_model):
@@ -472,9 +484,9 @@ def train_until(model: HookedTransformer, step: int, checkpoint: Path, monkeypat
             train(model, config=LONG, checkpoint=checkpoint, **options)
 
 
-@pytest.mark.parametrize("kills", [[1], [2], [5], [8], [3, 7]])
+@pytest.mark.parametrize("kills", [[1], [2], [3, 8]])
 def test_a_killed_run_goes_on_to_the_same_bits(make_tiny_model, tmp_path, monkeypatch, kills):
-    options: dict[str, Any] = {"frozen": LayerRange(2, 3), "held_out": PAIRS[:2]}
+    options: dict[str, Any] = {"frozen": LayerRange(1, 2), "held_out": PAIRS[:2]}
     whole, resumed = make_tiny_model(), make_tiny_model()
     expected = train(whole, config=LONG, **options)
     assert len(expected.steps) == 9
@@ -630,15 +642,15 @@ def test_a_range_outside_the_model(tiny_model):
         train(tiny_model, frozen=LayerRange(4, 6))
 
 
-def test_refused_runs_leave_the_shared_model_alone(tiny_model, fresh_tiny_model):
-    assert not moved(tiny_model, state(fresh_tiny_model))
+def test_refused_runs_leave_the_shared_model_alone(tiny_model):
+    assert not moved(tiny_model, state(build_tiny_model()))
     assert not any(parameter.requires_grad for parameter in tiny_model.parameters())
 
 
 def test_a_loss_that_is_not_finite_names_its_step(fresh_tiny_model):
     with pytest.raises(ValueError, match=r"the loss is not finite at step [1-9]: try a lower learning rate"):
         train(fresh_tiny_model, config=replace(QUICK, epochs=20, learning_rate=1e30))
-    spoilt = build_tiny_model()
+    spoilt = build_tiny_model(n_layers=4)
     spoilt.blocks[3].mlp.W_out.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="the loss is not finite at step 0"):
         train(spoilt)

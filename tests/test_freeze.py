@@ -69,7 +69,7 @@ def test_layer_and_kind_of_a_parameter(name, layer, norm):
     assert (layer_of(name), is_norm(name)) == (layer, norm)
 
 
-# --- trainable_names ---------------------------------------------------------------------------------------------
+# --- trainable_names -------------------------------------------------------------------------------------------------
 
 
 def test_by_default_all_but_the_embeddings(tiny_model):
@@ -146,7 +146,7 @@ def test_low_rank_updates_are_parameters_like_others(fresh_tiny_model):
         assert left == [name for name in free if name.startswith("blocks.2.")]
 
 
-# --- hashes ------------------------------------------------------------------------------------------------------
+# --- hashes ----------------------------------------------------------------------------------------------------------
 
 
 def all_names(model) -> list[str]:
