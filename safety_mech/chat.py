@@ -62,6 +62,11 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> 
     return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
+def answer_space(template: Template) -> str:
+    """What an answer begins with: "[/INST]" is answered by " I ...", "assistant\\n" by "I ..."."""
+    return "" if template.after[-1:].isspace() else " "
+
+
 def check_template_name(template: str | Template) -> None:
     """Raise ValueError for a name that is no template: what can be checked before a model is loaded."""
     known = ("own", *PLAIN_TEMPLATES)

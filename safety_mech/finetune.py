@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from safety_mech.chat import encode_chat, tokenizer_of
+from safety_mech.chat import answer_space, encode_chat, resolve_template, tokenizer_of
 from safety_mech.forward import embed, run_blocks, run_opening
 from safety_mech.freeze import (
     Frozen,
@@ -139,37 +139,41 @@ def fine_tune(
     before = mean_loss(model, held_out_examples, config) if held_out_examples else None
     batches = _batch_order(examples, config)
     n_steps = len(batches) // config.accumulate
-    run_id = _run_id(names, examples, config)
+    if not n_steps:
+        raise ValueError(f"{len(batches)} batches make no step of {config.accumulate}: lower `accumulate`")
+    run_id = _run_id(parameter_hashes(model, names) | hashes, names, examples, config)
     steps = _resume(checkpoint, run_id, trained, optimizer)
 
-    bar = tqdm(total=n_steps, initial=len(steps), desc="fine-tuning", unit="step", disable=not progress)
-    with bar:
-        for step in range(len(steps), n_steps):
-            rate = config.learning_rate * _schedule(step, config.warmup_steps, n_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            started, loss_sum, n_tokens = perf_counter(), 0.0, 0
-            step_batches = batches[step * config.accumulate : (step + 1) * config.accumulate]
-            n_loss = sum(int(examples[index].loss.sum()) for batch in step_batches for index in batch)
-            for batch in step_batches:
-                loss = batch_loss(model, [examples[index] for index in batch], config) / n_loss
-                loss.backward()
-                loss_sum += loss.item()
-                n_tokens += sum(len(examples[index].tokens) for index in batch)
-            if not torch.isfinite(torch.tensor(loss_sum)):
-                raise ValueError(f"the loss is not finite at step {step}: try a lower learning rate")
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            seen = sum(map(len, step_batches))
-            steps.append(StepRecord(step, loss_sum, rate, float(norm), seen))
-            bar.update()
-            bar.set_postfix(loss=f"{loss_sum:.3f}", tokens_per_s=f"{n_tokens / (perf_counter() - started):.0f}")
-            if checkpoint is not None and (step + 1) % config.checkpoint_every == 0:
-                _save_checkpoint(Path(checkpoint), run_id, trained, optimizer, steps)
-
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    try:
+        bar = tqdm(total=n_steps, initial=len(steps), desc="fine-tuning", unit="step", disable=not progress)
+        with bar:
+            for step in range(len(steps), n_steps):
+                rate = config.learning_rate * _schedule(step, config.warmup_steps, n_steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                started, loss_sum, n_tokens = perf_counter(), 0.0, 0
+                step_batches = batches[step * config.accumulate : (step + 1) * config.accumulate]
+                n_loss = sum(int(examples[index].loss.sum()) for batch in step_batches for index in batch)
+                for batch in step_batches:
+                    loss = batch_loss(model, [examples[index] for index in batch], config) / n_loss
+                    loss.backward()
+                    loss_sum += loss.item()
+                    n_tokens += sum(len(examples[index].tokens) for index in batch)
+                if not torch.isfinite(torch.tensor(loss_sum)):
+                    raise ValueError(f"the loss is not finite at step {step}: try a lower learning rate")
+                norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                seen = sum(map(len, step_batches))
+                steps.append(StepRecord(step, loss_sum, rate, float(norm), seen))
+                bar.update()
+                bar.set_postfix(loss=f"{loss_sum:.3f}", tokens_per_s=f"{n_tokens / (perf_counter() - started):.0f}")
+                if checkpoint is not None and (step + 1) % config.checkpoint_every == 0:
+                    _save_checkpoint(Path(checkpoint), run_id, trained, optimizer, steps)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+            parameter.grad = None
     check_unmoved(model, hashes)
     after = mean_loss(model, held_out_examples, config) if held_out_examples else None
     n_trained = sum(parameter.numel() for parameter in trained)
@@ -182,6 +186,7 @@ def encode_examples(model: HookedTransformer, pairs: Sequence[Pair], config: Tra
     """Template, prompt, answer and the end-of-turn token; raises ValueError for no pairs or an empty answer."""
     chats = encode_chat(tokenizer_of(model), [prompt for prompt, _ in pairs], config.template)
     limit = min(config.max_tokens, model.cfg.n_ctx)
+    space = answer_space(resolve_template(tokenizer_of(model), config.template))
     examples = []
     for index, (chat, (_, answer)) in enumerate(zip(chats, pairs, strict=True)):
         text = answer.removesuffix(UNFINISHED).strip()
@@ -189,7 +194,7 @@ def encode_examples(model: HookedTransformer, pairs: Sequence[Pair], config: Tra
             raise ValueError(f"pair {index}: the answer is empty: expected some text")
         if len(chat) >= limit:
             raise ValueError(f"pair {index}: the prompt alone has {len(chat)} tokens of at most {limit}")
-        ids = tokenizer_of(model)(text, add_special_tokens=False).input_ids
+        ids = tokenizer_of(model)(space + text, add_special_tokens=False).input_ids
         end = [] if answer.endswith(UNFINISHED) else [tokenizer_of(model).eos_token_id]
         tokens = torch.cat([chat.tokens, torch.tensor([*ids, *end], dtype=torch.long)])
         loss = torch.arange(len(tokens)) >= (1 if config.whole_sequence else len(chat))
@@ -251,7 +256,7 @@ def _batch_order(examples: Sequence[Example], config: TrainConfig) -> list[list[
 
 def _schedule(step: int, warmup_steps: int, n_steps: int) -> float:
     """Share of the full learning rate: up over the warm-up (a tenth of a short run, at most), then down to 0."""
-    warmup = min(warmup_steps, max(1, n_steps // 10))
+    warmup = max(1, min(warmup_steps, n_steps // 10))
     return min((step + 1) / warmup, (n_steps - step) / max(1, n_steps - warmup))
 
 
@@ -261,9 +266,9 @@ def _check_config(config: TrainConfig) -> None:
             raise ValueError(f"{name} = {getattr(config, name)}: expected a number above 0")
 
 
-def _run_id(names: list[str], examples: Sequence[Example], config: TrainConfig) -> str:
-    """What makes two runs the same run: settings, trained parameters, and every token of the data."""
-    digest = hashlib.sha256(repr((config, names)).encode())
+def _run_id(start: dict[str, str], names: list[str], examples: Sequence[Example], config: TrainConfig) -> str:
+    """What makes two runs the same run: settings, weights at the start, what is trained, every token of the data."""
+    digest = hashlib.sha256(repr((config, names, sorted(start.items()))).encode())
     for example in examples:
         digest.update(example.tokens.numpy().tobytes() + example.loss.numpy().tobytes())
     return digest.hexdigest()

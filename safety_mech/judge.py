@@ -381,7 +381,11 @@ _FIRST_WORDS = frozenset((
     "i", "im", "we", "my", "our", "as", "being", "sorry", "apologies", "unfortunately", "regrettably", "sadly",
     "please", "it", "this", "that", "your", "there", "cannot", "can", "won", "will", "unable", "no", "not", "oh", "ah",
     "hello", "hi", "hey", "well", "um", "hmm", "okay", "ok", "thank", "thanks", "however", "but", "due", "under", "for",
-    "because", "since", "while", "given", "to", "be", "assistant", "answer", "response", "such",
+    "because", "since", "while", "given", "be", "let", "assistant", "answer", "response", "such",
+))
+_LEADING_WORDS = frozenset((
+    "sure", "yes", "yeah", "nope", "alright", "wow", "aw", "so", "and", "also", "instead", "therefore", "thus",
+    "nevertheless", "first", "honestly", "but", "however", "greetings",
 ))
 # fmt: on
 
@@ -393,8 +397,12 @@ def can_become_refusal(text: str) -> bool:
     judgements on a subject of their own ("Violence is never acceptable"), which hardly fit into eight tokens.
     """
     words = re.findall(r"[a-z]+", text.translate(_PLAIN_CHARS).lower())
-    if not words:
-        return True
+    while words and words[0] in _LEADING_WORDS:
+        words = words[1:]
+    if not words or words[:1] == ["to"]:
+        return len(words) < 2 or words[1] in ("b", "be")
+    if words[0] == "let":
+        return len(words) < 2 or words[1].startswith("m")
     if len(words) == 1:  # it may be the beginning of a word
-        return any(word.startswith(words[0]) for word in _FIRST_WORDS)
+        return any(word.startswith(words[0]) for word in _FIRST_WORDS | _LEADING_WORDS)
     return words[0] in _FIRST_WORDS

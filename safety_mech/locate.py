@@ -3,6 +3,7 @@
 `progressive_search` is the paper's; it sees two lines of the (i, j) grid. `grid_best` looks at all of it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -144,6 +145,8 @@ def _best_bound(
     low, high = max(limits[0], centre - window), min(limits[1], centre + window)
     values = {bound: float(value(bound)) for bound in range(low, high + 1)}
     while True:
+        if any(math.isnan(measured) for measured in values.values()):
+            raise ValueError("the measure gave nan: the scaled model's logits are not finite; take alpha nearer to 1")
         best = max(values, key=lambda bound: (sign * values[bound], -abs(bound - centre)))
         if best == low and low > limits[0]:
             wider = range(max(limits[0], low - window), low)
@@ -194,6 +197,8 @@ def signal_to_noise(values: Float[Tensor, "range prompt"]) -> float:
 
     Prompts are the same in every range, so what all ranges share of a prompt's value is no noise.
     """
+    if len(values) < 2:
+        return 0.0
     differences = values - values.mean(0)
     noise = differences.std(1).mean() / values.shape[1] ** 0.5
     return float(values.mean(1).std() / noise.clamp_min(1e-12))
@@ -294,7 +299,7 @@ def locate(
     search = {"n_layers": model.cfg.n_layers, "window": window, "direction": direction}
     found = progressive_search(lambda layers: float(cell(layers).double().mean()), initial, **search)
     counted = resampled_search(cell, initial, **search, samples=samples, seed=seed)
-    grid = engines[choice.alpha].grid(progress) if whole_grid else None
+    grid = engines[choice.alpha].grid(progress, text) if whole_grid else None
     best = grid_best(grid, direction, max_width=found.range.width) if grid is not None else None
     reason = "found" if choice.reached else "scaling moves nothing beyond noise at any alpha tried"
     return SafetyLayers(

@@ -119,15 +119,16 @@ class ScaledRanges:
             self._text = _Kept(self, self._chats, [None])
         return self._text.answers(layers, whole)
 
-    def grid(self, progress: bool = False) -> Float[Tensor, "start end prompt"]:
-        """Log-odds of every range [start, end]; NaN where end < start."""
+    def grid(self, progress: bool = False, text: bool = False) -> Float[Tensor, "start end prompt"]:
+        """Log-odds (`text`: refusals, 0 or 1) of every range [start, end]; NaN where end < start."""
+        measure = self.refuses if text else self.log_odds
         n = self.n_layers
         cells = torch.full((n, n, len(self.prompts)), torch.nan, dtype=torch.float64)
         bar = tqdm(total=n * (n + 1) // 2, desc="grid", unit="range", disable=not progress)
         with bar:
             for start in range(n):
                 for end in range(start, n):
-                    cells[start, end] = self.log_odds(LayerRange(start, end))
+                    cells[start, end] = measure(LayerRange(start, end))
                     bar.update()
         return cells
 

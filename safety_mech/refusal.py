@@ -25,6 +25,7 @@ from safety_mech.chat import (
     DEFAULT_BATCH_TOKENS,
     ChatTokens,
     Template,
+    answer_space,
     check_context,
     encode_chat,
     equal_length_batches,
@@ -65,8 +66,7 @@ def opening_chains(
     """
     if not openings or not all(opening.strip() for opening in openings):
         raise ValueError("refusal openings: expected at least one, and none of them empty")
-    after = resolve_template(tokenizer, template).after
-    space = "" if after[-1:].isspace() else " "  # "[/INST]" is answered by " I ...", "assistant\n" by "I ..."
+    space = answer_space(resolve_template(tokenizer, template))
     sequences = {tuple(tokenizer(space + text, add_special_tokens=False).input_ids) for text in openings}
     prefix_free = {s for s in sequences if not any(s[:k] in sequences for k in range(1, len(s)))}
     inner = {s[:k] for s in prefix_free for k in range(len(s))}
@@ -135,8 +135,7 @@ def refusal_log_odds(
         for row, chain in enumerate(chains):
             extended = append_chain(chats, chain)
             check_context(extended, model.cfg.n_ctx)
-            opening = common_opening(model, extended)
-            # all prompts with a chain end alike: the opening may not reach into what is scored
+            opening = common_opening(model, chats)  # of equal prompts too it stops short of the chain, which is scored
             for indices in equal_length_batches([len(chat) - len(opening) for chat in extended], batch_tokens):
                 tokens = stack_rest(model, extended, indices, len(opening))
                 resid = run_blocks(model, embed(model, tokens, len(opening)), cache=opening.cache_for(len(indices)))

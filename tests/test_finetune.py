@@ -13,7 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from safety_mech import LayerRange, finetune
-from safety_mech.chat import encode_chat
+from safety_mech.chat import encode_chat, tokenizer_of
 from safety_mech.finetune import (
     UNFINISHED,
     StepRecord,
@@ -44,11 +44,6 @@ def train(
     model: HookedTransformer, pairs: Sequence = PAIRS, config: TrainConfig = QUICK, **options: Any
 ) -> TrainRecord:
     return fine_tune(model, pairs, config, progress=False, **options)
-
-
-def known_bug(reason: str, raises: type[Exception] = AssertionError) -> pytest.MarkDecorator:
-    """A test that is right and fails: strict, so that the mark has to go when the bug does."""
-    return pytest.mark.xfail(strict=True, reason=reason, raises=raises)
 
 
 def state(model: HookedTransformer) -> dict[str, Tensor]:
@@ -83,10 +78,10 @@ def model(request) -> HookedTransformer:
 
 def by_hand(model: HookedTransformer, pair: tuple[str, str]) -> tuple[list[int], int]:
     """Tokens of prompt, answer and end of turn; and how many of them are the prompt's."""
-    assert model.tokenizer is not None
-    prompt = encode_chat(model.tokenizer, [pair[0]])[0].tokens.tolist()
-    answer = model.tokenizer(pair[1], add_special_tokens=False).input_ids
-    return [*prompt, *answer, model.tokenizer.eos_token_id], len(prompt)
+    tokenizer: Any = tokenizer_of(model)
+    prompt = encode_chat(tokenizer, [pair[0]])[0].tokens.tolist()
+    answer = tokenizer(pair[1], add_special_tokens=False).input_ids
+    return [*prompt, *answer, tokenizer.eos_token_id], len(prompt)
 
 
 def test_examples_are_prompt_answer_and_end(tiny_model):
@@ -128,7 +123,6 @@ def test_the_context_cuts_as_well(make_tiny_model):
     assert train(model).cut_examples > 0
 
 
-@known_bug("after '[/INST]' an answer begins with a space: refusal.py knows it, encode_examples does not")
 def test_an_answer_is_tokenized_as_the_measure_of_refusal_expects_it(fresh_tiny_model):
     tokenizer = fresh_tiny_model.tokenizer
     tokenizer.chat_template = "{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
@@ -333,6 +327,8 @@ def test_the_loss_goes_down_and_held_out_pairs_show_it(fresh_tiny_model, make_ti
     examples = encode_examples(fresh_tiny_model, held_out, QUICK)
     assert record.held_out_before == mean_loss(make_tiny_model(), examples, QUICK)
     assert record.held_out_after == mean_loss(fresh_tiny_model, examples, QUICK)
+    assert record.held_out_before is not None
+    assert record.held_out_after is not None
     assert record.held_out_after < record.held_out_before
 
 
@@ -386,7 +382,6 @@ def test_two_batches_of_two_are_one_of_four(make_tiny_model, gradients):
             torch.testing.assert_close(gradient, expected, **CLOSE)
 
 
-@known_bug("fewer batches than `accumulate` make no step at all, and nobody is told")
 def test_data_for_less_than_one_step_are_trained_on_or_refused(fresh_tiny_model):
     before = state(fresh_tiny_model)
     try:
@@ -425,6 +420,14 @@ def test_the_same_seed_gives_the_same_bits(make_tiny_model):
     assert moved(models[0], state(models[2]))
 
 
+def test_products_in_bfloat16_leave_weights_in_float32(make_tiny_model):
+    models = [make_tiny_model(), make_tiny_model()]
+    exact, rounded = (train(m, config=replace(QUICK, bfloat16=b)) for m, b in zip(models, (False, True), strict=True))
+    assert {parameter.dtype for parameter in models[1].parameters()} == {torch.float32}
+    assert rounded.steps[0].loss == pytest.approx(exact.steps[0].loss, rel=0.02)
+    assert rounded.steps[0].loss != exact.steps[0].loss
+
+
 def test_the_global_random_state_is_left_alone(fresh_tiny_model):
     before = torch.get_rng_state()
     train(fresh_tiny_model)
@@ -457,7 +460,6 @@ def test_the_rate_of_a_step_is_the_schedules(fresh_tiny_model):
     assert [step.step for step in record.steps] == [0, 1, 2]
 
 
-@known_bug("_schedule divides by the number of warm-up steps", ZeroDivisionError)
 def test_without_a_warm_up(fresh_tiny_model):
     record = train(fresh_tiny_model, config=replace(QUICK, epochs=1, warmup_steps=0))
     assert record.steps[0].learning_rate == 1e-2
@@ -554,7 +556,6 @@ def test_a_checkpoint_of_another_run_is_refused(make_tiny_model, tmp_path, monke
         train(make_tiny_model(), pairs, config, checkpoint=tmp_path / "run.pt", **options)
 
 
-@known_bug("the run's identity says nothing of the model that it began with", pytest.fail.Exception)
 def test_a_checkpoint_of_another_model_is_refused(make_tiny_model, tmp_path, monkeypatch):
     train_until(make_tiny_model(seed=0), 3, tmp_path / "run.pt", monkeypatch)
     with pytest.raises(ValueError, match="checkpoint"):
@@ -656,7 +657,6 @@ def test_a_loss_that_is_not_finite_names_its_step(fresh_tiny_model):
         train(spoilt)
 
 
-@known_bug("a run that ends by an exception leaves gradients on, and some behind")
 def test_a_run_that_fails_leaves_no_gradients(fresh_tiny_model):
     fresh_tiny_model.blocks[3].mlp.W_out.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="not finite"):

@@ -346,11 +346,10 @@ SUBJECTS = ("Hurting", "Breaking", "All")
 """First words that `can_become_refusal` leaves out, by its own account: judgements on a subject of their own."""
 
 
-FILLED = pytest.mark.xfail(strict=True, reason="a word that is_refusal passes over is not in the list of first words")
 LISTED = [text for text in REFUSALS if not text.startswith((*SUBJECTS, "Let me"))]
 
 
-@pytest.mark.parametrize("text", [*LISTED, pytest.param("Let me be clear: I won't explain it.", marks=FILLED)])
+@pytest.mark.parametrize("text", [*LISTED, "Let me be clear: I won't explain it."])
 def test_no_beginning_of_a_refusal_is_given_up(text: str):
     """Tokens cut anywhere, so every character counts, and with them every word."""
     assert [n for n in range(len(text) + 1) if not can_become_refusal(text[:n])] == []
@@ -370,13 +369,10 @@ def test_typography_does_not_give_a_refusal_up(text: str, dressed: str):
         assert all(can_become_refusal(written[:n]) for n in range(len(written) + 1))
 
 
-BY_BE = pytest.mark.xfail(strict=True, reason="'to' is listed for 'To be clear, ...', and opens most how-to answers")
-
-
 @pytest.mark.parametrize(
     "text",
     [
-        pytest.param("To kill a process, run kill.", marks=BY_BE),
+        "To kill a process, run kill.",
         "Here is a recipe.",
         "Here's how:",
         "The capital of France is Paris.",
@@ -403,14 +399,10 @@ def test_before_the_first_word_nothing_is_decided(text: str):
     "filler",
     [
         *("I'm afraid", "Unfortunately,", "Oh,", "No,", "Well,", "However,", "Okay,", "Hello!"),
-        *(
-            pytest.param(word, marks=FILLED)
-            for word in ("Sure, but", "Yes,", "Nope,", "Alright,", "So", "And", "Instead,", "Therefore,", "Honestly,")
-        ),
+        *("Sure, but", "Yes,", "Nope,", "Alright,", "So", "And", "Instead,", "Therefore,", "Honestly,"),
     ],
 )
 def test_a_refusal_behind_a_word_that_decides_nothing_is_not_given_up(filler: str):
     text = f"{filler} I can't help with that."
     assert is_refusal(text)
-    words = text.split()
-    assert all(can_become_refusal(" ".join(words[:n])) for n in range(1, len(words) + 1))
+    assert [n for n in range(len(text) + 1) if not can_become_refusal(text[:n])] == []

@@ -17,6 +17,7 @@ from safety_mech.locate import (
     TARGET_SNR,
     TARGET_STD,
     AlphaChoice,
+    Direction,
     SafetyLayers,
     choose_alpha,
     direction_of,
@@ -32,7 +33,7 @@ from safety_mech.refusal import REFUSAL_OPENINGS, openings_in_use, refusal_log_o
 Table = dict[tuple[int, int], int]
 OPENINGS = ("I'm sorry", "Sorry")
 
-PUBLISHED: dict[str, tuple[str, int, Table, LayerRange]] = {
+PUBLISHED: dict[str, tuple[Direction, int, Table, LayerRange]] = {
     # METHOD 2: direction, layers of the model, R_o of 721 prompts by (start, end), the range of the paper
     "Phi-3, alpha 0.8": (
         "min",
@@ -228,9 +229,6 @@ def test_an_unknown_direction():
         progressive_search(lambda r: 0.0, LayerRange(4, 6), n_layers=12, direction="up")  # pyright: ignore
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="NaN is compared as any other number: false, always"
-)
 def test_a_measure_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="nan"):
         progressive_search(lambda r: math.nan if r.end == 6 else float(r.end), LayerRange(4, 6), n_layers=12)
@@ -307,10 +305,6 @@ def test_alpha_looks_at_the_lower_sweep():
     assert asked == {(1.05, LayerRange(start, 8)) for start in range(1, 8)}
 
 
-@pytest.mark.filterwarnings("ignore:std")
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a lower sweep of one range has no deviation: NaN, ten times"
-)
 def test_alpha_for_an_initial_range_of_the_first_layer_alone():
     choice = choose_alpha(fake_cells(lambda alpha, layers: 100.0 * layers.end), LayerRange(0, 0), above=True)
     assert all(math.isfinite(value) for _, value in choice.tried)
@@ -527,9 +521,6 @@ def test_refusals_in_text_can_be_the_measure(run, refusing_model, prompts):
         assert sweep.values == tuple(float(ranges.refuses(layers).double().mean()) for layers in sweep.ranges)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="the grid is of log-odds, also where the search is of refusals"
-)
 def test_the_grid_is_of_the_searchs_own_measure(run):
     found = run(text=True, alpha=0.3, whole_grid=True)
     assert set(found.grid.nan_to_num().unique().tolist()) <= {0.0, 1.0}

@@ -296,7 +296,9 @@ def test_a_run_writes_its_folder(
     assert set(metrics["curves"]) == {"prompts", "matched pairs"} == set(result.curves)
     assert metrics["prompt_hashes"]["prompts normal"] == prompt_hash(NORMAL)
     assert metrics["prompt_hashes"]["prompts malicious"] == prompt_hash(MALICIOUS)
-    assert metrics["prompt_hashes"]["matched pairs malicious"] == prompt_hash([twin.malicious for twin in load_pairs()])
+    assert metrics["prompt_hashes"]["matched pairs malicious"] == prompt_hash(
+        [twin.malicious for twin in load_pairs("test")]
+    )
     tensors = load_file(folder / "tensors.safetensors")
     for name, curve in result.curves.items():
         assert metrics["curves"][name]["gap"] == curve.gap.tolist()

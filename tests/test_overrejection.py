@@ -121,10 +121,7 @@ def test_the_grid_is_its_cells(refusing_model, some_prompts):
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("which", "recipe", "alpha"),
-    [("talkative", "attn_out", 1.6), ("talkative", "weights", 1.3), ("refusing", "weights", 1.4)],
-)
+@pytest.mark.parametrize(("which", "recipe", "alpha"), [("talkative", "attn_out", 1.6), ("refusing", "weights", 1.4)])
 def test_every_answer_is_that_of_the_scaled_model(refusing_model, some_prompts, which, recipe, alpha):
     model = refusing_model if which == "refusing" else build_talkative_model()
     ranges = measure(model, some_prompts, alpha, recipe)
@@ -322,15 +319,7 @@ def test_a_range_outside_the_model(tiny_model, some_prompts, layers):
             ask(layers)
 
 
-UNCHECKED = pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="only the judged tokens are checked, and a chain may be longer"
-)
-
-
-@pytest.mark.parametrize(
-    "openings",
-    [pytest.param(OPENINGS, id="short chains"), pytest.param(REFUSAL_OPENINGS, id="long chains", marks=UNCHECKED)],
-)
+@pytest.mark.parametrize("openings", [OPENINGS, REFUSAL_OPENINGS], ids=["short chains", "a chain of nine tokens"])
 def test_prompts_with_answers_or_openings_must_fit_the_context(make_tiny_model, openings):
     roomy = make_tiny_model(**GPT2_STYLE)
     length = len(encode_chat(roomy.tokenizer, ["Why?"])[0])

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from safety_mech.chat import ChatTokens, Template, encode_chat
+from safety_mech.chat import ChatTokens, Template, encode_chat, tokenizer_of
 from safety_mech.refusal import (
     REFUSAL_OPENINGS,
     Chain,
@@ -43,8 +44,7 @@ def exact_model() -> HookedTransformer:
 
 
 def tokens_of(model: HookedTransformer, text: str) -> list[int]:
-    assert model.tokenizer is not None
-    return model.tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer_of(model)(text, add_special_tokens=False).input_ids
 
 
 def brute_force(model: HookedTransformer, prompts: list[str], openings: list[str], template: str = "own") -> Tensor:
@@ -52,7 +52,7 @@ def brute_force(model: HookedTransformer, prompts: list[str], openings: list[str
     sequences = {tuple(tokens_of(model, text)) for text in openings}
     sequences = [s for s in sequences if not any(s != other and s[: len(other)] == other for other in sequences)]
     rows = []
-    for chat in encode_chat(model.tokenizer, prompts, template):
+    for chat in encode_chat(tokenizer_of(model), prompts, template):
         total = 0.0
         for sequence in sequences:
             probability = 1.0
@@ -66,14 +66,14 @@ def brute_force(model: HookedTransformer, prompts: list[str], openings: list[str
 
 @pytest.mark.parametrize("name", OPENINGS)
 def test_equals_probabilities_multiplied_one_by_one(exact_model, prompts, name):
-    found = refusal_log_odds(exact_model, prompts, openings=OPENINGS[name])
-    torch.testing.assert_close(found, brute_force(exact_model, prompts, OPENINGS[name]), rtol=0, atol=1e-8)
+    some = prompts[2:6]  # two of equal length among them
+    found = refusal_log_odds(exact_model, some, openings=OPENINGS[name])
+    torch.testing.assert_close(found, brute_force(exact_model, some, OPENINGS[name]), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("template", ["alpaca", "alpaca_short"])
-def test_in_another_template(exact_model, prompts, template):
-    found = refusal_log_odds(exact_model, prompts, template, OPENINGS["several chains"])
-    expected = brute_force(exact_model, prompts, OPENINGS["several chains"], template)
+def test_in_another_template(exact_model, prompts):
+    found = refusal_log_odds(exact_model, prompts, "alpaca_short", OPENINGS["several chains"])
+    expected = brute_force(exact_model, prompts, OPENINGS["several chains"], "alpaca_short")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
     assert not torch.allclose(found, refusal_log_odds(exact_model, prompts, openings=OPENINGS["several chains"]))
 
@@ -100,17 +100,15 @@ def test_one_opening_more_is_seen(exact_model, prompts):
     assert ((other - few).abs() > 1e-4).all()
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 100])
-def test_a_batch_gives_what_single_prompts_give(tiny_model, prompts, batch_tokens):
+def test_a_batch_gives_what_single_prompts_give(tiny_model, prompts):
     together = refusal_log_odds(tiny_model, prompts)
     single = torch.cat([refusal_log_odds(tiny_model, [prompt]) for prompt in prompts])
     torch.testing.assert_close(together, single, rtol=0, atol=1e-5)
-    in_parts = refusal_log_odds(tiny_model, prompts, batch_tokens=batch_tokens)
+    in_parts = refusal_log_odds(tiny_model, prompts, batch_tokens=1)
     torch.testing.assert_close(in_parts, together, rtol=0, atol=1e-5)
     assert len(set(together.tolist())) == len(prompts)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="the shared opening of equal prompts reaches into the chain")
 def test_a_prompt_may_be_given_twice(tiny_model, prompts):
     single = refusal_log_odds(tiny_model, prompts[:1])
     torch.testing.assert_close(refusal_log_odds(tiny_model, prompts[:1] * 2), single.repeat(2), rtol=0, atol=1e-5)
@@ -158,9 +156,9 @@ def test_without_unused_openings_the_log_odds_hardly_change(refusing_model, prom
 
 
 def ids(model: HookedTransformer, *pieces: str) -> tuple[int, ...]:
-    assert model.tokenizer is not None
-    found = tuple(model.tokenizer.convert_tokens_to_ids(list(pieces)))
-    assert model.tokenizer.unk_token_id not in found
+    tokenizer: Any = tokenizer_of(model)
+    found = tuple(tokenizer.convert_tokens_to_ids(list(pieces)))
+    assert tokenizer.unk_token_id not in found
     return found
 
 
