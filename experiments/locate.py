@@ -102,7 +102,7 @@ def main(config: LocateConfig) -> LocateResult:
         print(f"{name}, larger than in {base_name} by at most {difference_sentence(difference)}")
     found = None
     if not config.quick:
-        found = search(model, sets["prompts"], over_rejection, config)
+        found = search(model, sets["prompts"], curves["prompts"], over_rejection, config)
     metrics: dict[str, Any] = {
         "curves": {name: curve_metrics(curves[name], initial[name], samples[name]) for name in curves},
         "base_curves": {name: curve_metrics(curve, None, Counter()) for name, curve in base_curves.items()},
@@ -187,12 +187,17 @@ def measure(
 
 
 def search(
-    model: HookedTransformer, prompts: tuple[list[str], list[str]], over_rejection: list[str], config: LocateConfig
+    model: HookedTransformer,
+    prompts: tuple[list[str], list[str]],
+    curve: sm.GapCurve,
+    over_rejection: list[str],
+    config: LocateConfig,
 ) -> sm.SafetyLayers:
     found = sm.locate(
         model,
         *prompts,
         over_rejection,
+        curve=curve,
         alpha=config.alpha,
         above=not config.below,
         recipe=config.recipe,

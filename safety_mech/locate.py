@@ -256,6 +256,7 @@ def locate(
     text: bool = False,
     window: int = 4,
     whole_grid: bool = False,
+    curve: GapCurve | None = None,
     initial: LayerRange | None = None,
     openings: Sequence[str] | None = None,
     samples: int = 200,
@@ -264,7 +265,7 @@ def locate(
 ) -> SafetyLayers:
     """Locate the safety layers of a model.
 
-    1. gap curve of `normal` and `malicious` -> initial range (or `initial`, if given);
+    1. gap curve of `normal` and `malicious` (or `curve`, if it is measured already) -> initial range (or `initial`);
     2. baseline: refusal of the `over_rejection` prompts, unscaled;
     3. `alpha`, if None, by A.3.4, on the side of 1 that `above` says;
     4. progressive search over `window` layers to both sides; the same on bootstrap samples of the prompts;
@@ -274,8 +275,10 @@ def locate(
     `openings`: for log-odds; default those of REFUSAL_OPENINGS that the model uses on the malicious prompts.
     Where there is no gap, or scaling moves nothing beyond noise at any alpha, `range` is None and `reason` says so.
     """
-    residuals = [last_token_residuals(model, prompts, template, progress=progress) for prompts in (normal, malicious)]
-    curve = gap_curve(residuals[0], residuals[1], seed=seed)
+    if curve is None:
+        sets = (normal, malicious)
+        residuals = [last_token_residuals(model, prompts, template, progress=progress) for prompts in sets]
+        curve = gap_curve(residuals[0], residuals[1], seed=seed)
     initial = initial or initial_range(curve)
     if initial is None:
         reason = "no gap between malicious and normal prompts that the rule accepts"
