@@ -33,7 +33,7 @@ import safety_mech as sm
 from safety_mech.chat import ChatTokens, check_context, encode_chat, equal_length_batches
 from safety_mech.command_line import run
 from safety_mech.forward import embed, run_blocks, stack_rest, unembed_last
-from safety_mech.measuring import in_own_process, resident, start_of_peak
+from safety_mech.measuring import in_own_process, pad_left, resident, start_of_peak
 from safety_mech.models import find_source, load_transformers, restore_linear_layout
 from safety_mech.prompts import prompt_hash
 from safety_mech.results import check_writable, write_run
@@ -219,17 +219,6 @@ def _last_states(
     """A function of its own, so that one batch's states are gone before the next batch."""
     output = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True, **options)
     return torch.stack([state[:, -1] for state in output.hidden_states[1:]], dim=1)
-
-
-def pad_left(chats: Sequence[ChatTokens]) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"]]:
-    """Tokens and attention mask; token 0 stands where the mask hides it."""
-    longest = max(len(chat) for chat in chats)
-    tokens = torch.zeros(len(chats), longest, dtype=torch.long)
-    mask = torch.zeros_like(tokens)
-    for row, chat in enumerate(chats):
-        tokens[row, longest - len(chat) :] = chat.tokens
-        mask[row, longest - len(chat) :] = 1
-    return tokens, mask
 
 
 def run_with_cache(config: BenchConfig) -> Method:

@@ -2,7 +2,8 @@
 
 1. How far do malicious prompts part from normal ones, layer by layer (paper §3.2), on a prompt set and on matched
    pairs; in the aligned model and, as the control, in its base? From this the initial range (§3.4, step 1).
-2. Which layers, scaled, move refusals of harmless prompts most: the progressive search (§3.4, step 3).
+2. Which layers, scaled, move refusals of harmless prompts most: the progressive search (§3.4, step 3), and every
+   range (start, end), of which that search sees two lines.
 """
 
 from collections import Counter
@@ -40,6 +41,8 @@ class LocateConfig:
     """Harmless prompts that a scaled model may refuse; as above."""
     max_over_rejection: int = 100
     """Use at most this many of them."""
+    initial: str | None = None
+    """START-END to start the search from; default: by rule from the gap, else from its difference to the base's."""
     pairs: bool = True
     """Also measure the shipped matched pairs (same frame, one harmful and one harmless)."""
     template: str = "own"
@@ -52,8 +55,8 @@ class LocateConfig:
     """Choose alpha below 1 (and search for the minimum) instead of above."""
     text: bool = False
     """Measure refusals in generated text (the paper's R_o) instead of log-odds."""
-    grid: bool = False
-    """Also measure every range (start, end): slow."""
+    grid: bool = True
+    """Also measure every range (start, end): most of the time."""
     quick: bool = False
     """Curves only, no search."""
     device: str | None = None
@@ -78,8 +81,17 @@ class LocateResult:
     base_curves: dict[str, sm.GapCurve]
     initial: dict[str, sm.LayerRange | None]
     initial_samples: dict[str, Counter[sm.LayerRange | None]]
+    differences: dict[str, sm.GapDifference]
     found: sm.SafetyLayers | None
     folder: Path
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the search starts, and what says so."""
+
+    range: sm.LayerRange | None
+    source: str
 
 
 def main(config: LocateConfig) -> LocateResult:
@@ -100,13 +112,16 @@ def main(config: LocateConfig) -> LocateResult:
     differences = {name: sm.gap_difference(curves[name], base_curves[name]) for name in base_curves}
     for name, difference in differences.items():
         print(f"{name}, larger than in {base_name} by at most {difference_sentence(difference)}")
+    start = starting_range(config, initial["prompts"], differences.get("prompts"))
+    print(f"the search starts from {start.range}: {start.source}" if start.range else start.source)
     found = None
     if not config.quick:
-        found = search(model, sets["prompts"], curves["prompts"], over_rejection, config)
+        found = search(model, sets["prompts"], curves["prompts"], over_rejection, start, config)
     metrics: dict[str, Any] = {
         "curves": {name: curve_metrics(curves[name], initial[name], samples[name]) for name in curves},
         "base_curves": {name: curve_metrics(curve, None, Counter()) for name, curve in base_curves.items()},
-        "differences": differences,
+        "differences": {name: difference_metrics(difference) for name, difference in differences.items()},
+        "start": start,
         "search": search_metrics(found) if found else None,
         "prompt_hashes": hashes(sets, over_rejection),
         "device": str(model.cfg.device),
@@ -117,11 +132,11 @@ def main(config: LocateConfig) -> LocateResult:
         drawn[f"{base_name} (base)"] = base_curves["prompts"]
     if config.pairs:
         drawn["matched pairs"] = curves["matched pairs"]
-    figures = {"gap": sm.plot_gap(drawn, {config.model: initial["prompts"]}, f"template {config.template}")}
+    figures = {"gap": sm.plot_gap(drawn, {config.model: start.range}, f"template {config.template}")}
     if found and found.sweeps:
         figures["sweeps"] = sm.plot_sweeps(found.sweeps, found.baseline, measure_unit(config))
     if found and found.grid is not None:
-        figures["grid"] = sm.plot_grid(found.grid, found.range, measure_unit(config))
+        figures["grid"] = sm.plot_grid(found.grid, found.range, measure_unit(config), found.best_of_grid)
     tensors = {
         f"{name}.{part}".replace(" ", "_"): getattr(curve, part)
         for name, curve in curves.items()
@@ -134,7 +149,7 @@ def main(config: LocateConfig) -> LocateResult:
     )
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     print(f"written: {folder}/ ({names})")
-    return LocateResult(curves, base_curves, initial, samples, found, folder)
+    return LocateResult(curves, base_curves, initial, samples, differences, found, folder)
 
 
 def check_config(config: LocateConfig) -> None:
@@ -147,6 +162,8 @@ def check_config(config: LocateConfig) -> None:
         raise ValueError(f"max_over_rejection = {config.max_over_rejection}: expected at least 2 prompts")
     if config.alpha is not None:
         check_alpha(config.alpha)
+    if config.initial is not None:
+        sm.LayerRange.parse(config.initial)
     find_recipe(config.recipe)
     check_template_name(config.template)
     check_device(config.device)
@@ -186,11 +203,25 @@ def measure(
     return sm.gap_curve(residuals[0], residuals[1], paired=paired, r=config.r, seed=config.seed, **options)
 
 
+def starting_range(config: LocateConfig, own: sm.LayerRange | None, difference: sm.GapDifference | None) -> Start:
+    """The given range; else that of the model's own gap, as in the paper; else that of the difference to the base."""
+    if config.initial is not None:
+        return Start(sm.LayerRange.parse(config.initial), "given")
+    if own is not None:
+        return Start(own, "the gap of the model's own curve")
+    layers = sm.initial_range(difference) if difference is not None else None
+    if layers is not None:
+        return Start(layers, "the gap of the difference to the base (the model's own curve has none)")
+    compared = "nor of its difference to the base" if difference is not None else "and no base to compare it with"
+    return Start(None, f"no initial range: no gap of the model's own curve, {compared}")
+
+
 def search(
     model: HookedTransformer,
     prompts: tuple[list[str], list[str]],
     curve: sm.GapCurve,
     over_rejection: list[str],
+    start: Start,
     config: LocateConfig,
 ) -> sm.SafetyLayers:
     found = sm.locate(
@@ -198,6 +229,7 @@ def search(
         *prompts,
         over_rejection,
         curve=curve,
+        initial=start.range,
         alpha=config.alpha,
         above=not config.below,
         recipe=config.recipe,
@@ -240,6 +272,11 @@ def curve_metrics(
         "initial_range": initial,
         "initial_range_samples": {str(layers): count for layers, count in samples.most_common()},
     }
+
+
+def difference_metrics(difference: sm.GapDifference) -> dict[str, Any]:
+    fields = ("gap", "low", "high", "p_values", "p_any")
+    return {name: getattr(difference, name) for name in fields} | {"initial_range": sm.initial_range(difference)}
 
 
 def search_metrics(found: sm.SafetyLayers) -> dict[str, Any]:

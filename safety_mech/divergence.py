@@ -17,7 +17,7 @@ many times too narrow.
   all layers, by the largest studentised gap of each permutation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -105,13 +105,14 @@ def gap_curve(
 
 @dataclass(frozen=True)
 class GapDifference:
-    """How much larger one model's gap is than another's, in degrees, on the same prompts."""
+    """How much larger one model's gap is than another's, in degrees, on the same prompts; `samples`: by bootstrap."""
 
     gap: Float[Tensor, " layer"]
     low: Float[Tensor, " layer"]
     high: Float[Tensor, " layer"]
     p_values: Float[Tensor, " layer"]
     p_any: float
+    samples: Float[Tensor, "sample layer"] = field(repr=False)
 
 
 def gap_difference(after: GapCurve, before: GapCurve) -> GapDifference:
@@ -126,8 +127,9 @@ def gap_difference(after: GapCurve, before: GapCurve) -> GapDifference:
     if after.seed != before.seed:
         raise ValueError(f"gap curves with seeds {after.seed} and {before.seed}: expected the same")
     observed = after.gap - before.gap
-    low, high = _interval(after.samples - before.samples, after.level)
-    return GapDifference(observed, low, high, *_p_values(observed, after.null - before.null))
+    samples = after.samples - before.samples
+    p_values, p_any = _p_values(observed, after.null - before.null)
+    return GapDifference(observed, *_interval(samples, after.level), p_values, p_any, samples)
 
 
 def _interval(

@@ -1,13 +1,19 @@
-"""For benchmarks: a function in a process of its own, and the peak of this process's resident memory."""
+"""For benchmarks: a function in a process of its own, this process's peak of resident memory, padded batches."""
 
 import ctypes.util
 import gc
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from safety_mech.chat import ChatTokens
 
 Returned = TypeVar("Returned")
 
@@ -43,3 +49,14 @@ def resident(field: str) -> int:
     """VmRSS (resident now) or VmHWM (its peak since the mark was set) of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def pad_left(chats: Sequence[ChatTokens]) -> tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"]]:
+    """A batch for transformers: tokens and attention mask; token 0 stands where the mask hides it."""
+    longest = max(len(chat) for chat in chats)
+    tokens = torch.zeros(len(chats), longest, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for row, chat in enumerate(chats):
+        tokens[row, longest - len(chat) :] = chat.tokens
+        mask[row, longest - len(chat) :] = 1
+    return tokens, mask

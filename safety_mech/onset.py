@@ -1,6 +1,7 @@
 """The initial range: from the layer where the gap appears to the layer where its growth first flattens (§3.4).
 
-The paper reads both off a plot. Here the rule is written down; every number of it is a field of `OnsetRule`.
+The paper reads both off a plot. Here the rule is written down; every number of it is a field of `OnsetRule`. It is
+read off a model's gap curve, or off the difference of its curve to that of the model before alignment.
 """
 
 from collections import Counter
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safety_mech.divergence import GapCurve
+from safety_mech.divergence import GapCurve, GapDifference
 from safety_mech.layers import LayerRange
 
 
@@ -18,8 +19,8 @@ from safety_mech.layers import LayerRange
 class OnsetRule:
     """Thresholds of `initial_range`.
 
-    1. There is a gap at all if its p-value over all layers is at most `max_p`, and its lower bound reaches
-       `min_gap` degrees at some layer. (Any difference between two sets of prompts becomes significant with
+    1. There is a gap at all if its p-value over all layers is at most `max_p`, and its lower bound is above 0 and
+       reaches `min_gap` degrees at some layer. (Any difference between two sets of prompts becomes significant with
        enough prompts: the base model's 1 to 2 degrees do, so significance alone would find layers anywhere.)
     2. It has appeared at the first layer from which its lower bound stays above `onset_fraction` of the peak gap,
        and above 0, up to the peak.
@@ -35,17 +36,29 @@ class OnsetRule:
 
 
 DEFAULT_RULE = OnsetRule()
+DIFFERENCE_RULE = OnsetRule(min_gap=0.0)
+"""For a difference of two models' curves on the same prompts: what the prompts make is subtracted, so any gap above 0
+that is no noise is alignment's."""
 
 
-def initial_range(curve: GapCurve, rule: OnsetRule = DEFAULT_RULE) -> LayerRange | None:
-    """The initial range of a gap curve, or None where there is no gap: that is a result, not an error."""
-    if curve.p_any > rule.max_p or curve.low.max() < rule.min_gap:
+def initial_range(curve: GapCurve | GapDifference, rule: OnsetRule | None = None) -> LayerRange | None:
+    """The initial range of a gap curve, or None where there is no gap: that is a result, not an error.
+
+    `rule`: by default DEFAULT_RULE for a curve, DIFFERENCE_RULE for a difference.
+    """
+    rule = rule or rule_for(curve)
+    highest = curve.low.max()
+    if curve.p_any > rule.max_p or highest < rule.min_gap or highest <= 0:
         return None
     start = _onset(curve.gap, curve.low, rule)
     return LayerRange(start, _flattening(curve.gap, start, rule))
 
 
-def initial_range_samples(curve: GapCurve, rule: OnsetRule = DEFAULT_RULE) -> Counter[LayerRange | None]:
+def rule_for(curve: GapCurve | GapDifference) -> OnsetRule:
+    return DEFAULT_RULE if isinstance(curve, GapCurve) else DIFFERENCE_RULE
+
+
+def initial_range_samples(curve: GapCurve | GapDifference, rule: OnsetRule | None = None) -> Counter[LayerRange | None]:
     """The initial range of every bootstrap curve, counted: how sure the range is.
 
     Each sample keeps the observed distance between gap and lower bound, and the observed p-value.

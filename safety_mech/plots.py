@@ -123,17 +123,25 @@ def plot_sweeps(sweeps: Sequence[Sweep], baseline: Tensor | None, unit: str) -> 
     return figure
 
 
-def plot_grid(grid: Tensor, found: LayerRange | None, unit: str) -> Figure:
-    """Every range: start on the vertical axis, end on the horizontal; the located range is marked."""
+def plot_grid(grid: Tensor, found: LayerRange | None, unit: str, best: LayerRange | None = None) -> Figure:
+    """Every range: start on the vertical axis, end on the horizontal; the located range and the grid's best marked."""
     figure, (ax,) = new_figure(width=6.5, height=5.2)
     image = ax.imshow(grid.mean(-1).numpy(), cmap="cividis", origin="lower")
     figure.colorbar(image, ax=ax, label=unit)
     ax.grid(visible=False)
     if found is not None:
-        label = f"located {found}"
-        ax.plot(found.end, found.start, "s", markersize=9, markerfacecolor="none", markeredgecolor="white", label=label)
-        ax.plot(found.end, found.start, "s", markersize=11, markerfacecolor="none", markeredgecolor="black")
+        _mark_cell(ax, found, "s", f"located {found}")
+    if best is not None and best != found:
+        _mark_cell(ax, best, "D", f"best of the grid, no wider: {best}")
+    if found is not None or best is not None:
         ax.legend(loc="lower right", fontsize=8)
     ax.set_xlabel("end of the scaled range (layer)")
     ax.set_ylabel("start of the scaled range (layer)")
     return figure
+
+
+def _mark_cell(ax: Axes, layers: LayerRange, marker: str, label: str) -> None:
+    """A black mark with a white edge inside: seen on dark and on light cells."""
+    at = ([layers.end], [layers.start])
+    ax.plot(*at, marker, markersize=11, markerfacecolor="none", markeredgecolor="black", linestyle="none", label=label)
+    ax.plot(*at, marker, markersize=9, markerfacecolor="none", markeredgecolor="white", linestyle="none")

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from safety_mech.divergence import gap_curve, gap_difference
+from safety_mech.layers import LayerRange
+from safety_mech.onset import OnsetRule, initial_range, initial_range_samples
 from safety_mech.tables import layers_text
 
 
@@ -55,3 +57,26 @@ def test_curves_of_other_draws_are_refused() -> None:
 @pytest.mark.parametrize(("layers", "text"), [([], ""), ([3], "3"), ([1, 2, 3], "1-3"), ([0, 2, 3, 9], "0, 2-3, 9")])
 def test_layers_text(layers: list[int], text: str) -> None:
     assert layers_text(layers) == text
+
+
+# --- the initial range of a difference --------------------------------------------------------------------------------
+
+
+def test_a_small_sure_difference_has_an_initial_range_where_a_small_gap_has_none() -> None:
+    """A degree or two of absolute gap is what any two sets of prompts make; of a difference it is alignment's."""
+    before = gap_curve(*streams(0.0), bootstrap=400, permutations=400)
+    after = gap_curve(*streams(0.4), bootstrap=400, permutations=400)
+    difference = gap_difference(after, before)
+    assert 0 < float(difference.low[2]) < OnsetRule().min_gap
+    assert initial_range(difference) == LayerRange(2, 2)
+    assert initial_range(difference, OnsetRule()) is None
+    counted = initial_range_samples(difference)
+    assert counted.total() == 400
+    assert counted[LayerRange(2, 2)] > 300
+
+
+def test_no_difference_has_no_initial_range() -> None:
+    """Control: the same model twice; its lower bound is 0, not above it."""
+    curve = gap_curve(*streams(2.0), bootstrap=200, permutations=200)
+    assert initial_range(gap_difference(curve, curve)) is None
+    assert initial_range(gap_difference(curve, curve), OnsetRule(min_gap=0.0, max_p=1.0)) is None

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from safety_mech import load_pairs, models
+from safety_mech import GapDifference, LayerRange, load_pairs, models
 from safety_mech.command_line import run
 from safety_mech.prompts import prompt_hash
 
@@ -131,6 +131,7 @@ BAD = {
     "out is a file": (["--out", "FILES/a_file"], ["a_file", "cannot be made"]),
     "bad template": (["--template", "chatml"], ["'chatml'", "own, alpaca, alpaca_short"]),
     "too few prompts": (["--malicious", "FILES/two.txt"], ["2 malicious prompts", "at least 3"]),
+    "initial range that is none": (["--initial", "middle"], ["'middle'", "START-END"]),
     "unknown device": (["--device", "abacus"], ["'abacus'", "cannot be used here"]),
 }
 
@@ -273,6 +274,7 @@ def config_for(locate: ModuleType, files: Path, llama_folder: Path) -> Callable[
             "normal": str(files / "normal.txt"),
             "malicious": str(files / "malicious.txt"),
             "pairs": False,
+            "max_over_rejection": 4,
             "bootstrap": 100,
             "permutations": 100,
             "out": str(files / "runs"),
@@ -328,8 +330,43 @@ def test_the_command_line_does_what_main_does(
 ) -> None:
     by_hand = locate.main(config_for(template="alpaca", out=str(files / "by_hand")))
     arguments = [argument.replace("FILES", str(files)) for argument in TINY]
-    options = ["--template", "alpaca", "--bootstrap", "100", "--permutations", "100"]
+    options = ["--template", "alpaca", "--bootstrap", "100", "--permutations", "100", "--max-over-rejection", "4"]
     run(locate.main, locate.LocateConfig, [*arguments, "--model", str(llama_folder), *options])
     (folder,) = (files / "runs" / "locate" / "random-llama").iterdir()
     for name in ("tensors.safetensors", "gap.png"):
         assert (folder / name).read_bytes() == (by_hand.folder / name).read_bytes()
+
+
+# --- where the search starts ------------------------------------------------------------------------------------------
+
+
+def difference_of(gap: list[float]) -> GapDifference:
+    values = torch.tensor(gap, dtype=torch.float64)
+    return GapDifference(values, values - 0.1, values + 0.1, torch.full_like(values, 0.001), 0.001, values[None])
+
+
+def test_the_search_starts_from_what_is_given_then_the_own_gap_then_the_difference(locate: ModuleType) -> None:
+    own, opened = LayerRange(1, 2), difference_of([0.0, 0.0, 0.4, 0.4])
+    given = locate.LocateConfig(initial="0-3")
+    assert locate.starting_range(given, own, opened).range == LayerRange(0, 3)
+    assert locate.starting_range(locate.LocateConfig(), own, opened).range == own
+    from_difference = locate.starting_range(locate.LocateConfig(), None, opened)
+    assert from_difference.range == LayerRange(2, 2)
+    assert "difference to the base" in from_difference.source
+
+
+def test_nothing_to_start_from_is_said(locate: ModuleType) -> None:
+    flat = difference_of([0.0] * 4)
+    for difference, part in ((flat, "nor of its difference"), (None, "no base to compare")):
+        start = locate.starting_range(locate.LocateConfig(), None, difference)
+        assert start.range is None
+        assert part in start.source
+
+
+def test_a_given_initial_range_leads_to_sweeps_and_grid(locate: ModuleType, config_for: Callable[..., object]) -> None:
+    result = locate.main(config_for(initial="1-2", alpha=1.2))
+    assert {"sweeps.png", "grid.png"} <= {path.name for path in result.folder.iterdir()}
+    metrics = read(result.folder / "metrics.json")
+    assert metrics["start"] == {"range": {"start": 1, "end": 2}, "source": "given"}
+    assert metrics["search"]["best_of_grid"] is not None
+    assert load_file(result.folder / "tensors.safetensors")["grid"].shape == (N_LAYERS, N_LAYERS, 4)
