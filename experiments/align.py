@@ -88,7 +88,7 @@ def recipe_of(config: AlignRun) -> AlignConfig:
 
 def training_pairs(model: HookedTransformer, recipe: AlignConfig) -> list[Pair]:
     """Refusals for malicious prompts; the model's own answers for normal and borderline ones. Train splits only."""
-    twins = sm.load_pairs("train") if recipe.twins else []
+    twins = sm.load_pairs("train") + sm.load_pairs("train", "alignment_pairs") if recipe.twins else []
     malicious = sm.load_prompts("malicious:train") + [twin.malicious for twin in twins]
     normal = sm.load_prompts("normal:train") + [twin.normal for twin in twins]
     borderline = sample(sm.load_prompts("over_rejection:train"), recipe.n_over_rejection, recipe.seed)

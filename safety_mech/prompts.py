@@ -74,9 +74,9 @@ def load_prompts(source: str | Path, split: str = "all") -> list[str]:
     return _checked(_pick_column(rows, column, path), text)
 
 
-def load_pairs(split: str = "all") -> list[PromptPair]:
-    """The shipped matched pairs, of one split or all."""
-    return [PromptPair(row["malicious"], row["normal"], row["category"]) for row in _shipped_rows("pairs", split)]
+def load_pairs(split: str = "all", name: str = "pairs") -> list[PromptPair]:
+    """The shipped matched pairs, of one split or all; `name` "alignment_pairs": those for training only."""
+    return [PromptPair(row["malicious"], row["normal"], row["category"]) for row in _shipped_rows(name, split)]
 
 
 def prompt_hash(prompts: Sequence[str]) -> str:

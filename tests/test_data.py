@@ -17,10 +17,11 @@ from statistics import mean
 import pytest
 
 from safety_mech.data_files import data_folder
+from safety_mech.judge import is_refusal
 
 Row = dict[str, str]
 
-SHARE_OF_TEST = {"normal": 3, "malicious": 3, "over_rejection": 2, "pairs": 2}
+SHARE_OF_TEST = {"normal": 3, "malicious": 3, "over_rejection": 2, "pairs": 2, "instructions": 5}
 """One prompt in this many is "test" (data/README.md)."""
 
 COLUMNS = {
@@ -28,7 +29,11 @@ COLUMNS = {
     "malicious": ["prompt", "category", "split"],
     "over_rejection": ["prompt", "word", "split"],
     "pairs": ["malicious", "normal", "category", "split"],
+    "alignment_pairs": ["malicious", "normal", "category", "split"],
+    "instructions": ["instruction", "answer", "category", "split"],
 }
+PAIRS = ("pairs", "alignment_pairs")
+PROMPT_COLUMNS = dict.fromkeys(PAIRS, ("malicious", "normal")) | {"instructions": ("instruction",)}
 REQUESTS = ("normal", "malicious", "over_rejection")
 MEBIBYTE = 2**20
 
@@ -41,7 +46,7 @@ def rows_of(name: str) -> tuple[Row, ...]:
 
 def prompts_of(name: str, split: str | None = None) -> list[str]:
     """Prompts of a set; both sides of the pairs."""
-    columns = ("malicious", "normal") if name == "pairs" else ("prompt",)
+    columns = PROMPT_COLUMNS.get(name, ("prompt",))
     return [row[column] for row in rows_of(name) if split in (None, row["split"]) for column in columns]
 
 
@@ -73,14 +78,22 @@ def near_duplicates(left: Iterable[str], right: Iterable[str], limit: float = 0.
 
 
 @pytest.mark.parametrize(
-    ("name", "least"), [("normal", 300), ("malicious", 300), ("over_rejection", 300), ("pairs", 150)]
+    ("name", "least"),
+    [
+        ("normal", 300),
+        ("malicious", 300),
+        ("over_rejection", 300),
+        ("pairs", 150),
+        ("alignment_pairs", 700),
+        ("instructions", 600),
+    ],
 )
 def test_sizes_and_columns(name: str, least: int) -> None:
     rows = rows_of(name)
     assert len(rows) >= least
     assert all(list(row) == COLUMNS[name] for row in rows)
     assert all(value and value == value.strip() and "\n" not in value for row in rows for value in row.values())
-    assert {row["split"] for row in rows} == {"train", "test"}
+    assert {row["split"] for row in rows} == ({"train", "test"} if name in SHARE_OF_TEST else {"train"})
 
 
 def test_categories() -> None:
@@ -100,12 +113,16 @@ def test_no_prompt_occurs_twice_within_or_across_sets() -> None:
 # --- splits -----------------------------------------------------------------------------------------------------------
 
 
+def first_prompt(row: Row) -> str:
+    return next(row[column] for column in ("prompt", "malicious", "instruction") if column in row)
+
+
 def documented_test_set(rows: Iterable[Row], share: int) -> set[str]:
     """Within each category, the prompts with the smallest SHA-256. Twins go by their malicious side; a set without
     categories (over_rejection) is one category."""
     by_category = defaultdict(list)
     for row in rows:
-        by_category[row.get("category", "")].append(row.get("prompt") or row["malicious"])
+        by_category[row.get("category", "")].append(first_prompt(row))
     chosen = set()
     for prompts in by_category.values():
         prompts.sort(key=lambda prompt: hashlib.sha256(prompt.encode()).hexdigest())
@@ -113,10 +130,10 @@ def documented_test_set(rows: Iterable[Row], share: int) -> set[str]:
     return chosen
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("name", SHARE_OF_TEST)
 def test_the_splits_are_those_of_the_documented_rule(name: str) -> None:
     rows = rows_of(name)
-    in_file = {row.get("prompt") or row["malicious"] for row in rows if row["split"] == "test"}
+    in_file = {first_prompt(row) for row in rows if row["split"] == "test"}
     assert in_file == documented_test_set(rows, SHARE_OF_TEST[name])
 
 
@@ -138,6 +155,13 @@ def test_the_check_for_near_duplicates_finds_the_twins() -> None:
     """Control: twins differ by a word or two, and are near-duplicates of each other, inside one split."""
     twins = [(row["malicious"], row["normal"]) for row in rows_of("pairs")]
     assert any(near_duplicates([malicious], [normal]) for malicious, normal in twins)
+
+
+def test_what_only_trains_is_no_light_edit_of_what_tests() -> None:
+    """Stricter than the splits of one file: written later, by people who could have read the test prompts."""
+    tests = [prompt for name in SHARE_OF_TEST for prompt in prompts_of(name, "test")]
+    assert near_duplicates(prompts_of("alignment_pairs"), tests, limit=0.5) == []
+    assert {row["category"] for row in rows_of("alignment_pairs")} == {row["category"] for row in rows_of("malicious")}
 
 
 def test_twins_are_in_one_split() -> None:
@@ -198,8 +222,9 @@ def test_normal_and_malicious_have_the_same_surface(split: str | None) -> None:
     assert {prompt[-1] for prompt in normal} == {prompt[-1] for prompt in malicious} == {"?", "."}
 
 
-def test_the_twins_have_the_same_surface() -> None:
-    sides = [[row[side] for row in rows_of("pairs")] for side in ("malicious", "normal")]
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_twins_have_the_same_surface(name: str) -> None:
+    sides = [[row[side] for row in rows_of(name)] for side in ("malicious", "normal")]
     assert abs(mean_words(sides[0]) - mean_words(sides[1])) <= 0.2
     assert share_of_questions(sides[0]) == share_of_questions(sides[1])
 
@@ -237,7 +262,7 @@ def test_there_are_many_words_and_none_dominates() -> None:
     assert max(counts.values()) <= 0.05 * len(rows_of("over_rejection"))
 
 
-@pytest.mark.parametrize("name", [*REQUESTS, "pairs"])
+@pytest.mark.parametrize("name", [*REQUESTS, *PAIRS])
 def test_few_prompts_start_with_how_to(name: str) -> None:
     """The paper's over-rejection prompts all do; a set of one form measures that form."""
     assert mean(prompt.lower().startswith("how to") for prompt in prompts_of(name)) <= 0.15
@@ -247,6 +272,18 @@ def test_few_prompts_start_with_how_to(name: str) -> None:
 def test_no_opening_dominates(name: str) -> None:
     openings = Counter(tuple(words_of(prompt)[:2]) for prompt in prompts_of(name))
     assert openings.most_common(1)[0][1] <= 0.2 * len(prompts_of(name))
+
+
+# --- instructions and answers -----------------------------------------------------------------------------------------
+
+
+def test_answers_are_short_plain_and_no_refusals() -> None:
+    answers = [row["answer"] for row in rows_of("instructions")]
+    assert repeated(answers) == []
+    assert all(3 <= len(answer.split()) <= 60 for answer in answers)
+    assert 20 <= mean_words(answers) <= 40
+    assert [answer for answer in answers if is_refusal(answer) or answer.startswith("Sure")] == []
+    assert is_refusal("I'm sorry, but I can't help with that.")
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -284,10 +321,12 @@ ANSWER_COLUMN = re.compile(r"answer|respon|complet|output|target|reply|reject|ch
 
 
 def test_no_column_could_hold_answers() -> None:
-    """Targets ("Sure, here is") and completions are what other malicious sets carry; these carry none."""
+    """Targets ("Sure, here is") and completions are what other malicious sets carry; these carry none. The harmless
+    instructions do have answers."""
     assert ANSWER_COLUMN.search("Target")
     tables = [path for path in data_folder().rglob("*") if path.suffix in (".csv", ".tsv")]
-    assert {path.stem for path in tables if path.parent == data_folder()} >= set(COLUMNS)
+    tables.remove(data_folder() / "instructions.csv")
+    assert {path.stem for path in tables if path.parent == data_folder()} >= set(COLUMNS) - {"instructions"}
     for path in tables:
         with path.open(newline="", encoding="utf-8") as file:
             header = next(csv.reader(file))
@@ -296,7 +335,7 @@ def test_no_column_could_hold_answers() -> None:
     assert [*loose, *data_folder().glob("*.json")] == [], "a new kind of table: check its columns here"
 
 
-@pytest.mark.parametrize("name", ["malicious", "pairs"])
+@pytest.mark.parametrize("name", ["malicious", *PAIRS])
 def test_malicious_prompts_are_short_requests(name: str) -> None:
     """What is asked, never how: no long text, no list of steps, no answer's opening."""
     column = "prompt" if name == "malicious" else "malicious"
