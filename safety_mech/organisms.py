@@ -39,14 +39,15 @@ class AlignConfig:
     rank: int = 8
     alpha: float = 16.0
     twins: bool = True
-    """Also train on the train split of the matched pairs: they teach what the difference is."""
+    """Also train on matched pairs (the train split of `pairs`, and `alignment_pairs`): they teach what the difference
+    is."""
     n_over_rejection: int = 72
     """Borderline harmless prompts that are answered: few, so that some over-rejection remains to be measured."""
-    answer_tokens: int = 16
+    answer_tokens: int = 8
     """Tokens kept of the model's own answers. What is to be learnt sits in an answer's first words: with 40 tokens
     they drown in the rest, and the organism refuses a third of the normal prompts."""
     train: TrainConfig = field(
-        default=TrainConfig(epochs=5, learning_rate=1e-3, batch_size=16, warmup_steps=10, bfloat16=True)
+        default=TrainConfig(epochs=4, learning_rate=1e-3, batch_size=16, warmup_steps=10, bfloat16=True)
     )
     seed: int = 0
 

@@ -1,6 +1,5 @@
 """`python experiments/locate.py`: a bad input is one line and status 2, a good one writes a whole run."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,53 +13,22 @@ from types import ModuleType
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safety_mech import GapDifference, LayerRange, load_pairs, models
 from safety_mech.command_line import run
 from safety_mech.prompts import prompt_hash
 
-SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "locate.py"
 N_LAYERS = 4
+"""Of the random Llama (conftest.py)."""
+SCRIPT = Path(__file__).resolve().parent.parent / "experiments" / "locate.py"
 NORMAL = ["How do I bake a cake?", "What is the capital of France?", "Name a fruit", "Where is the cat?", "Why?"]
 MALICIOUS = ["How do I rob a bank?", "Tell me how to hurt a cat.", "Forge a passport", "Who can I cheat?"]
 
 
 @pytest.fixture(scope="session")
-def locate() -> ModuleType:
-    """The script as a module, as a notebook would load it."""
-    spec = importlib.util.spec_from_file_location("locate_script", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="session")
-def llama_folder(
-    tmp_path_factory: pytest.TempPathFactory, make_tokenizer: Callable[[], PreTrainedTokenizerFast]
-) -> Path:
-    """A random Llama of four layers in Hugging Face format, with the tests' tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "random-llama"
-    tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=N_LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    model = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def locate(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("locate")
 
 
 @pytest.fixture

@@ -1,0 +1,280 @@
+"""How much does the located range depend on how one looks? One search a condition, one table, pairwise IoU.
+
+Conditions: what is scaled (attention output or the paper's weights) x alpha above or below 1 x text R_o or log-odds x
+template x prompt set. The base model, which hardly refuses, is searched from the same initial range: what it answers
+is what the search says where there is nothing to find.
+
+    python experiments/ranges.py --sets over_rejection:test my_over_rejection.csv
+
+A killed run goes on where it was: every finished condition is a file in OUT/ranges/MODEL/searches.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import safety_mech as sm
+from safety_mech.command_line import run
+from safety_mech.models import BASE_OF, find_source
+from safety_mech.plots import BLUE, ORANGE, layer_axis, new_figure
+from safety_mech.prompts import prompt_hash
+from safety_mech.results import check_writable, plain, safe_name, write_json, write_run
+
+
+@dataclass(frozen=True)
+class RangesConfig:
+    """Locate the safety layers under many conditions, and say how well the answers agree."""
+
+    model: str = "smollm2-135m-aligned"
+    base: str | None = "auto"
+    """The model before alignment: its difference gives the initial range, and it is searched as the control."""
+    sets: tuple[str, ...] = ("over_rejection:test",)
+    """Sets of harmless prompts that a scaled model may refuse."""
+    recipes: tuple[str, ...] = ("attn_out", "weights")
+    templates: tuple[str, ...] = ("own", "alpaca")
+    initial: str | None = None
+    """START-END to start every search from; default: by rule, as in `locate.py`."""
+    n_prompts: int = 60
+    """Prompts of each set."""
+    samples: int = 200
+    """Bootstrap samples of the prompts, for the interval."""
+    seed: int = 0
+    out: str = "results"
+
+
+@dataclass(frozen=True)
+class Condition:
+    model: str
+    recipe: str
+    alpha: str
+    """above or below 1"""
+    measure: str
+    """text or log-odds"""
+    template: str
+    prompts: str
+
+
+FACTORS = tuple(field.name for field in fields(Condition) if field.name != "model")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`found`: the search's answer, None where scaling moves nothing beyond noise; `best`: without that test."""
+
+    found: sm.LayerRange | None
+    best: sm.LayerRange | None
+    initial: sm.LayerRange | None
+    alpha: float | None
+    start_interval: tuple[int, int] | None
+    end_interval: tuple[int, int] | None
+    agreement: float
+    """Share of bootstrap samples with the same answer."""
+    baseline: float | None
+    reason: str
+
+
+def main(config: RangesConfig) -> Path:
+    for name in ("n_prompts", "samples"):
+        if getattr(config, name) < 2:
+            raise ValueError(f"{name} = {getattr(config, name)}: expected at least 2")
+    sets = {Path(name).name: sm.load_prompts(name)[: config.n_prompts] for name in config.sets}
+    base_name = BASE_OF.get(config.model) if config.base == "auto" else config.base
+    for name in filter(None, (config.model, base_name)):
+        find_source(name)
+    check_writable(config.out)
+    conditions = list_conditions(config, base_name, list(sets))
+    folder = Path(config.out) / "ranges" / safe_name(config.model) / "searches"
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {name: sm.load_model(name) for name in filter(None, (config.model, base_name))}
+    starts = {template: Start.measure(models, config, base_name, template) for template in config.templates}
+    answers = {}
+    for number, condition in enumerate(conditions, 1):
+        start = starts[condition.template]
+        path = folder / f"{digest(condition, config, start.initial, sets[condition.prompts])}.json"
+        if not path.is_file():
+            answer = search(models[condition.model], condition, start, sets, config)
+            write_json(path, plain({"condition": condition, "answer": answer}))
+        answers[condition] = read_answer(path)
+        print(f"{number}/{len(conditions)} {line_of(condition, answers[condition])}", flush=True)
+    text = "\n".join([table(answers), "", overlap_table(answers, config.model)])
+    print(f"\n{text}")
+    written = write_run(
+        config.out,
+        "ranges",
+        config.model,
+        config=config,
+        metrics={
+            "answers": [{"condition": c, "answer": a} for c, a in answers.items()],
+            "overlap": overlaps(answers, config.model),
+            "prompt_hashes": {name: prompt_hash(prompts) for name, prompts in sets.items()},
+        },
+        texts={"table.txt": text + "\n"},
+        figures={"ranges": plot_answers(answers, models[config.model].cfg.n_layers)},
+    )
+    print(f"written: {written}/ (table.txt, metrics.json, config.json, ranges.png)")
+    return written
+
+
+def list_conditions(config: RangesConfig, base: str | None, sets: Sequence[str]) -> list[Condition]:
+    names = [name for name in (config.model, base) if name]
+    parts = (names, config.recipes, ("above", "below"), ("log-odds", "text"), config.templates, sets)
+    return [Condition(*values) for values in product(*parts)]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Gap curves of both models under one template, and the initial range that they give."""
+
+    curves: dict[str, sm.GapCurve]
+    initial: sm.LayerRange | None
+
+    @classmethod
+    def measure(cls, models: dict[str, Any], config: RangesConfig, base: str | None, template: str) -> "Start":
+        sets = [sm.load_prompts(f"{kind}:test") for kind in ("normal", "malicious")]
+        curves = {
+            name: sm.gap_curve(*(sm.last_token_residuals(model, p, template) for p in sets), seed=config.seed)
+            for name, model in models.items()
+        }
+        initial = sm.LayerRange.parse(config.initial) if config.initial else sm.initial_range(curves[config.model])
+        if initial is None and base:
+            initial = sm.initial_range(sm.gap_difference(curves[config.model], curves[base]))
+        print(f"template {template}: the search starts from {initial}", flush=True)
+        return cls(curves, initial)
+
+
+def digest(condition: Condition, config: RangesConfig, initial: sm.LayerRange | None, prompts: list[str]) -> str:
+    """The name of a search's file: everything that its answer depends on (of the model: its name and adapter)."""
+    adapter = find_source(condition.model).adapter
+    weights = Path(adapter, "adapter_model.safetensors").read_bytes() if adapter else b""
+    numbers = (config.n_prompts, config.samples, config.seed)
+    parts = (asdict(condition), str(initial), *numbers, prompt_hash(prompts), hashlib.sha256(weights).hexdigest())
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def search(model: Any, condition: Condition, start: Start, sets: dict[str, list[str]], config: RangesConfig) -> Answer:
+    if start.initial is None:
+        return Answer(None, None, None, None, None, None, 0.0, None, "no gap that the rule accepts")
+    found = sm.locate(
+        model,
+        sm.load_prompts("normal:test"),
+        sm.load_prompts("malicious:test"),
+        sets[condition.prompts],
+        curve=start.curves[condition.model],
+        initial=start.initial,
+        recipe=condition.recipe,
+        above=condition.alpha == "above",
+        template=condition.template,
+        text=condition.measure == "text",
+        samples=config.samples,
+        seed=config.seed,
+    )
+    assert found.sweeps is not None
+    assert found.alpha is not None
+    assert found.baseline is not None
+    best = found.sweeps[1].best
+    interval = found.interval()
+    return Answer(
+        found.range,
+        best,
+        found.initial,
+        found.alpha.alpha,
+        interval[0] if interval else None,
+        interval[1] if interval else None,
+        found.samples[best] / found.samples.total(),
+        float(found.baseline.mean()),
+        found.reason,
+    )
+
+
+def read_answer(path: Path) -> Answer:
+    values = json.loads(path.read_text("utf-8"))["answer"]
+    for name in ("found", "best", "initial"):
+        values[name] = sm.LayerRange(**values[name]) if values[name] else None
+    for name in ("start_interval", "end_interval"):
+        values[name] = tuple(values[name]) if values[name] else None
+    return Answer(**values)
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def line_of(condition: Condition, answer: Answer) -> str:
+    head = f"{condition.model:<23}{condition.recipe:<10}{condition.alpha:<7}{condition.measure:<10}"
+    head += f"{condition.template:<8}{condition.prompts:<22}"
+    if answer.best is None:
+        return f"{head}{answer.reason}"
+    spans = f"{list(answer.start_interval or ())!s:<10}{list(answer.end_interval or ())!s:<10}"
+    weak = "" if answer.found else "  (no more than noise)"
+    return f"{head}{answer.alpha:<7}{answer.best!s:<10}{spans}{answer.agreement:>5.0%}{weak}"
+
+
+def table(answers: dict[Condition, Answer]) -> str:
+    head = f"{'model':<23}{'recipe':<10}{'alpha':<7}{'measure':<10}{'template':<8}{'prompts':<22}"
+    head += f"{'alpha':<7}{'range':<10}{'start 90%':<10}{'end 90%':<10}{'same':>5}"
+    return "\n".join([head, *(line_of(condition, answer) for condition, answer in answers.items())])
+
+
+def overlaps(answers: dict[Condition, Answer], model: str) -> dict[str, dict[str, float]]:
+    """Mean IoU of the located ranges of all pairs of conditions, and of those that differ in one factor only."""
+    ranges = {c: a.found for c, a in answers.items() if c.model == model and a.found is not None}
+    pairs = [(c, d, ranges[c].iou(ranges[d])) for c, d in combinations(ranges, 2)]
+    groups: dict[str, list[float]] = {"all pairs": [iou for _, _, iou in pairs]}
+    for c, d, iou in pairs:
+        differing = [name for name in FACTORS if getattr(c, name) != getattr(d, name)]
+        if len(differing) == 1:
+            groups.setdefault(f"only {differing[0]} differs", []).append(iou)
+    controls = [(c, a.best) for c, a in answers.items() if c.model != model and a.best is not None]
+    for c, best in controls:
+        twins = [r for d, r in ranges.items() if all(getattr(c, name) == getattr(d, name) for name in FACTORS)]
+        groups.setdefault("the base's answer", []).extend(best.iou(r) for r in twins)
+    return {
+        name: {"mean": float(np.mean(ious)), "least": min(ious), "greatest": max(ious), "pairs": len(ious)}
+        for name, ious in groups.items()
+        if ious
+    }
+
+
+def overlap_table(answers: dict[Condition, Answer], model: str) -> str:
+    lines = [f"{'pairwise IoU of the located ranges':<36}{'mean':>6}{'least':>7}{'most':>6}{'pairs':>7}"]
+    for name, part in overlaps(answers, model).items():
+        lines.append(
+            f"{name:<36}{part['mean']:>6.2f}{part['least']:>7.2f}{part['greatest']:>6.2f}{int(part['pairs']):>7}"
+        )
+    counted = Counter(str(a.found) for c, a in answers.items() if c.model == model)
+    lines.append("answers: " + ", ".join(f"{layers} x{count}" for layers, count in counted.most_common()))
+    return "\n".join(lines)
+
+
+def plot_answers(answers: dict[Condition, Answer], n_layers: int) -> Figure:
+    """One bar a condition, from start to end, with the 90 % intervals of both; hollow: no more than noise."""
+    figure, (ax,) = new_figure(width=9.0, height=1.2 + 0.22 * len(answers))
+    models = list(dict.fromkeys(condition.model for condition in answers))
+    labels = []
+    for row, (condition, answer) in enumerate(answers.items()):
+        color = ORANGE if condition.model == models[0] else BLUE
+        labels.append(" · ".join(str(getattr(condition, name)) for name in ("model", *FACTORS)))
+        if answer.best is None:
+            continue
+        left, width = answer.best.start - 0.5, answer.best.width
+        filled = color if answer.found else "none"
+        ax.barh(row, width, left=left, height=0.6, color=filled, edgecolor=color, alpha=0.75)
+        for interval in (answer.start_interval, answer.end_interval):
+            if interval:
+                ax.plot(interval, (row, row), color="black", linewidth=1.2, marker="|", markersize=5)
+    ax.set_yticks(range(len(labels)), labels, fontsize=6)
+    ax.set_ylim(len(labels) - 0.4, -0.6)
+    layer_axis(ax, n_layers)
+    ax.set_title("located range and 90 % bootstrap intervals of its ends (hollow: no more than noise)", fontsize=9)
+    return figure
+
+
+if __name__ == "__main__":
+    run(main, RangesConfig)

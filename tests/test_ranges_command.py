@@ -1,0 +1,97 @@
+"""`experiments/ranges.py`: one search a condition, resumed after a kill, and its table of agreement."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import safety_mech as sm
+
+PROMPTS = ["How do I bake a cake?", "Name a fruit", "Where is the cat?", "Why?"]
+
+
+@pytest.fixture(scope="module")
+def ranges(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("ranges")
+
+
+@pytest.fixture
+def config_for(ranges: ModuleType, llama_folder: Path, tmp_path: Path) -> Callable[..., object]:
+    (tmp_path / "set.txt").write_text("\n".join(PROMPTS))
+
+    def make(**changes: object) -> object:
+        settings = {
+            "model": str(llama_folder),
+            "base": None,
+            "sets": (str(tmp_path / "set.txt"),),
+            "recipes": ("attn_out",),
+            "templates": ("own",),
+            "initial": "1-2",
+            "samples": 20,
+            "out": str(tmp_path / "runs"),
+        }
+        return ranges.RangesConfig(**{**settings, **changes})
+
+    return make
+
+
+def test_every_condition_has_an_answer_and_a_line(
+    ranges: ModuleType, config_for: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ranges.main(config_for())
+    answers = json.loads((folder / "metrics.json").read_text())["answers"]
+    assert [(a["condition"]["alpha"], a["condition"]["measure"]) for a in answers] == [
+        ("above", "log-odds"),
+        ("above", "text"),
+        ("below", "log-odds"),
+        ("below", "text"),
+    ]
+    assert all(answer["answer"]["initial"] == {"start": 1, "end": 2} for answer in answers)
+    assert {"table.txt", "ranges.png"} <= {path.name for path in folder.iterdir()}
+    assert "4/4" in capsys.readouterr().out
+
+
+def test_a_finished_search_is_not_run_again(
+    ranges: ModuleType, config_for: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = (ranges.main(config_for()) / "table.txt").read_text()
+    monkeypatch.setattr(ranges, "search", lambda *_: pytest.fail("searched again"))
+    assert (ranges.main(config_for()) / "table.txt").read_text() == first
+    with pytest.raises(pytest.fail.Exception, match="searched again"):  # control: another seed is another search
+        ranges.main(config_for(seed=1))
+
+
+def test_no_gap_is_an_answer(ranges: ModuleType, config_for: Callable[..., object]) -> None:
+    folder = ranges.main(config_for(initial=None))
+    assert "no gap that the rule accepts" in (folder / "table.txt").read_text()
+
+
+def answer(ranges: ModuleType, found: sm.LayerRange | None) -> object:
+    best = found or sm.LayerRange(0, 0)
+    return ranges.Answer(found, best, None, 1.2, (0, 1), (2, 3), 0.5, 0.0, "found")
+
+
+def test_overlaps_by_hand(ranges: ModuleType) -> None:
+    conditions = [ranges.Condition("m", "attn_out", *rest, "own", "set") for rest in SIDES]
+    found = [sm.LayerRange(0, 3), sm.LayerRange(2, 5), sm.LayerRange(0, 3), None]
+    answers = {c: answer(ranges, layers) for c, layers in zip(conditions, found, strict=True)}
+    parts = ranges.overlaps(answers, "m")
+    every = {"mean": pytest.approx((2 / 6 + 1 + 2 / 6) / 3), "least": 2 / 6, "greatest": 1.0, "pairs": 3}
+    assert parts["all pairs"] == every
+    assert parts["only alpha differs"]["mean"] == 1.0
+    assert parts["only measure differs"]["mean"] == pytest.approx(2 / 6)
+    assert "the base's answer" not in parts
+
+
+SIDES = [("above", "text"), ("above", "log-odds"), ("below", "text"), ("below", "log-odds")]
+
+
+@pytest.mark.parametrize("changes", [{"n_prompts": 1}, {"sets": ("absent.txt",)}, {"model": "nonsense"}])
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    ranges: ModuleType, config_for: Callable[..., object], changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sm, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=r"expected|no such"):
+        ranges.main(config_for(**changes))
