@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
@@ -208,8 +207,7 @@ def batch_loss(model: HookedTransformer, examples: Sequence[Example], config: Tr
     Rows are padded at the END: attention looks back only, so nothing sees the padding, and it has no loss.
     """
     device = model.embed.W_E.device
-    # cached: a low-rank update is added to its weight once a batch, not once for the opening and once for the rest
-    with parametrize.cached(), torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
         opening_length = _shared_length(examples)
         opening = run_opening(model, examples[0].tokens[:opening_length])
         rest = [example.tokens[opening_length:] for example in examples]

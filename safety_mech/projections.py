@@ -4,7 +4,6 @@ One table for everything that speaks both languages: low-rank adapters, export, 
 (the paper freezes and scales exactly these: q, k, v, o, gate, up, down; not norms, not biases).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from einops import rearrange
@@ -48,18 +47,12 @@ def block_projections(model: HookedTransformer) -> tuple[Projection, ...]:
     found = []
     for projection in PROJECTIONS:
         plain = projection.hooked.replace("._W", ".W")  # no grouped queries: W_K instead of _W_K
-        present = [name for name in (projection.hooked, plain) if _is_in(names, name)]
+        present = [name for name in (projection.hooked, plain) if name in names]
         if not present:
             raise ValueError(f"this model's blocks have no {plain}: expected a gated, Llama-like architecture")
         hooked = present[0]
         found.append(Projection(hooked, projection.module, projection.to_hooked, projection.heads))
     return tuple(found)
-
-
-def _is_in(names: Iterable[str], hooked: str) -> bool:
-    """As it is, or under a low-rank update."""
-    module, leaf = hooked.rsplit(".", 1)
-    return any(name == hooked or name.startswith(f"{module}.parametrizations.{leaf}.") for name in names)
 
 
 def as_hooked(

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from safety_mech import LayerRange, load_model
 from safety_mech.adapters import LowRankUpdate, is_adapter_parameter, low_rank_adapters, save_adapter
 from safety_mech.finetune import TrainConfig, fine_tune
-from safety_mech.projections import as_linear
+from safety_mech.projections import as_hooked
 from safety_mech.scaling import scaled
 
 PAIRS = [("How do I bake a cake?", "I'm sorry."), ("Name a fruit", "Sure, a pear."), ("Why?", "No.")]
@@ -34,10 +34,12 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return set(first) == set(second) and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def weight_of(model: HookedTransformer, layer: int, name: str) -> Tensor:
-    """The weight as the block reads it, with its update."""
-    module, leaf = name.split(".")
-    return getattr(getattr(model.blocks[layer], module), leaf)
+def put_in(model: HookedTransformer, placed: list) -> None:
+    """The oracle: add the updates to the weights themselves, in place."""
+    for layer, projection, update in placed:
+        module, leaf = projection.hooked.split(".")
+        weight = getattr(getattr(model.blocks[layer], module), leaf)
+        weight.data += as_hooked(projection, update.scale * update.B.detach() @ update.A.detach(), model)
 
 
 def randomise_updates(placed: list) -> None:
@@ -62,15 +64,42 @@ def test_at_first_they_change_nothing(make_tiny_model, style):
     assert torch.equal(model(tokens), before)
 
 
-def test_an_updated_weight_is_the_formula(fresh_tiny_model):
-    before = state(fresh_tiny_model)
-    with low_rank_adapters(fresh_tiny_model, LayerRange(1, 2), rank=3, alpha=12.0) as placed:
+@pytest.mark.parametrize("style", [{}, {"n_key_value_heads": None}], ids=["grouped queries", "no grouped queries"])
+def test_every_activation_is_that_of_changed_weights(make_tiny_model, style):
+    model = make_tiny_model(**style)
+    tokens = some_tokens(model)
+    _, plain = model.run_with_cache(tokens)
+    with low_rank_adapters(model, LayerRange(1, 2), rank=3, alpha=12.0) as placed:
+        assert {update.scale for _, _, update in placed} == {4.0}
         randomise_updates(placed)
-        for layer, projection, update in placed:
-            weight = weight_of(fresh_tiny_model, layer, projection.hooked)
-            old = before[f"blocks.{layer}.{projection.hooked}"]
-            expected = as_linear(projection, old, fresh_tiny_model) + 12.0 / 3 * update.B @ update.A
-            torch.testing.assert_close(as_linear(projection, weight, fresh_tiny_model), expected, rtol=0, atol=1e-6)
+        _, adapted = model.run_with_cache(tokens)
+    put_in(model, placed)
+    _, changed = model.run_with_cache(tokens)
+    assert set(adapted) == set(changed) == set(plain)
+    for name in changed:
+        torch.testing.assert_close(adapted[name], changed[name], rtol=0, atol=2e-5)
+    for point in ("attn.hook_q", "attn.hook_k", "attn.hook_v", "mlp.hook_pre", "mlp.hook_pre_linear", "hook_mlp_out"):
+        difference = (changed[f"blocks.1.{point}"] - plain[f"blocks.1.{point}"]).abs().max()
+        assert difference > 1e-3, "control: the update changes it"
+
+
+def test_the_weight_of_an_update_is_the_formula(fresh_tiny_model):
+    with low_rank_adapters(fresh_tiny_model, LayerRange(1, 1), rank=3, alpha=12.0) as placed:
+        randomise_updates(placed)
+        for _, _, update in placed:
+            torch.testing.assert_close(update.weight(), 12.0 / 3 * update.B @ update.A)
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_one_is_refused(fresh_tiny_model, rank):
+    with pytest.raises(ValueError, match="expected at least 1"), low_rank_adapters(fresh_tiny_model, rank=rank):
+        pass
+
+
+def test_split_inputs_are_refused(fresh_tiny_model):
+    fresh_tiny_model.set_use_split_qkv_input(True)
+    with pytest.raises(ValueError, match="use_split_qkv_input"), low_rank_adapters(fresh_tiny_model):
+        pass
 
 
 def test_layers_and_sizes(fresh_tiny_model):
@@ -180,9 +209,8 @@ def test_only_a_and_b_of_the_planted_layers_are_trained(fresh_tiny_model):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("blocks.2.attn.parametrizations.W_Q.0.A", True),
-        ("blocks.2.mlp.parametrizations.W_in.0.B", True),
-        ("blocks.2.attn.parametrizations.W_Q.original", False),
+        ("blocks.2.attn.low_rank_W_Q.A", True),
+        ("blocks.2.mlp.low_rank_W_in.B", True),
         ("blocks.2.attn.W_Q", False),
         ("blocks.2.attn.A", False),
     ],
@@ -191,21 +219,33 @@ def test_is_adapter_parameter(name, expected):
     assert is_adapter_parameter(name) == expected
 
 
-def test_an_update_is_scaled_as_its_weight_is(fresh_tiny_model):
-    """Hooks see an ordinary weight: scaling the adapted model equals scaling the model with the sum put in."""
-    tokens = some_tokens(fresh_tiny_model)
-    with low_rank_adapters(fresh_tiny_model, LayerRange(1, 2), rank=2) as placed:
-        randomise_updates(placed)
-        sums = {
-            (layer, projection.hooked): weight_of(fresh_tiny_model, layer, projection.hooked).detach().clone()
-            for layer, projection, _ in placed
-        }
-        with scaled(fresh_tiny_model, LayerRange(2, 3), 1.3, "weights"):
-            adapted = fresh_tiny_model(tokens)
-    for (layer, hooked), weight in sums.items():
-        fresh_tiny_model.blocks[layer].get_parameter(hooked).data = weight
-    with scaled(fresh_tiny_model, LayerRange(2, 3), 1.3, "weights"):
-        torch.testing.assert_close(fresh_tiny_model(tokens), adapted, rtol=0, atol=1e-5)
+@pytest.mark.parametrize("recipe", ["weights", "attn_out", "weights_no_o"])
+@pytest.mark.parametrize("outer", ["adapters", "scaling"])
+def test_an_update_is_scaled_as_its_weight_is(fresh_tiny_model, recipe, outer):
+    """Scaling the adapted model equals scaling the model with the sum put in, whichever came first."""
+    model, tokens = fresh_tiny_model, some_tokens(fresh_tiny_model)
+
+    def adapters():
+        return low_rank_adapters(model, LayerRange(1, 2), rank=2)
+
+    def scaling():
+        return scaled(model, LayerRange(2, 3), 1.3, recipe)
+
+    if outer == "adapters":
+        with adapters() as placed:
+            randomise_updates(placed)
+            unscaled = model(tokens)
+            with scaling():
+                adapted = model(tokens)
+    else:
+        with scaling(), adapters() as placed:
+            randomise_updates(placed)
+            adapted = model(tokens)
+    put_in(model, placed)
+    if outer == "adapters":
+        assert not torch.allclose(adapted, unscaled, atol=1e-2), "control: scaling does something"
+    with scaling():
+        torch.testing.assert_close(model(tokens), adapted, rtol=0, atol=2e-5)
 
 
 # --- saved, and read by peft -----------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def test_a_layer_that_the_model_does_not_have(tiny_model, frozen):
         ("blocks.3.ln1.w", 3, True),
         ("blocks.3.ln2_post.w", 3, True),
         ("blocks.12.attn.q_norm.w", 12, True),
-        ("blocks.4.attn.parametrizations.W_Q.0.A", 4, False),
+        ("blocks.4.attn.low_rank_W_Q.A", 4, False),
         ("embed.W_E", None, False),
         ("unembed.W_U", None, False),
         ("ln_final.w", None, True),
