@@ -42,8 +42,10 @@ class RangesConfig:
     templates: tuple[str, ...] = ("own", "alpaca")
     initial: str | None = None
     """START-END to start every search from; default: by rule, as in `locate.py`."""
-    n_prompts: int = 60
+    n_prompts: int = 50
     """Prompts of each set."""
+    window: int = 2
+    """Layers that a sweep goes to both sides: the paper's five ranges; wider where the best is at an edge."""
     samples: int = 200
     """Bootstrap samples of the prompts, for the interval."""
     seed: int = 0
@@ -124,9 +126,11 @@ def main(config: RangesConfig) -> Path:
 
 
 def list_conditions(config: RangesConfig, base: str | None, sets: Sequence[str]) -> list[Condition]:
-    names = [name for name in (config.model, base) if name]
-    parts = (names, config.recipes, ("above", "below"), ("log-odds", "text"), config.templates, sets)
-    return [Condition(*values) for values in product(*parts)]
+    """All combinations for the model; for the base, the control, those of the first template and set."""
+    sides, measures = ("above", "below"), ("log-odds", "text")
+    of_model = product((config.model,), config.recipes, sides, measures, config.templates, sets)
+    of_base = product((base,) if base else (), config.recipes, sides, measures, config.templates[:1], sets[:1])
+    return [Condition(*values) for values in (*of_model, *of_base)]
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def digest(condition: Condition, config: RangesConfig, initial: sm.LayerRange | 
     """The name of a search's file: everything that its answer depends on (of the model: its name and adapter)."""
     adapter = find_source(condition.model).adapter
     weights = Path(adapter, "adapter_model.safetensors").read_bytes() if adapter else b""
-    numbers = (config.n_prompts, config.samples, config.seed)
+    numbers = (config.n_prompts, config.window, config.samples, config.seed)
     parts = (asdict(condition), str(initial), *numbers, prompt_hash(prompts), hashlib.sha256(weights).hexdigest())
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -173,6 +177,7 @@ def search(model: Any, condition: Condition, start: Start, sets: dict[str, list[
         above=condition.alpha == "above",
         template=condition.template,
         text=condition.measure == "text",
+        window=config.window,
         samples=config.samples,
         seed=config.seed,
     )

@@ -4,7 +4,7 @@
 
 The update is added to a projection's OUTPUT, before TransformerLens' hook there fires: hooks and `scaled` see what
 they would see had the weight been changed. The weights stay as they are, so a training step computes no gradient of
-a whole weight and adds nothing to one: a quarter of the time of updating weights.
+a whole weight and adds nothing to one.
 """
 
 import json
@@ -19,6 +19,7 @@ from einops import rearrange
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
@@ -40,7 +41,7 @@ class LowRankUpdate(nn.Module):
         self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=weight.dtype, device=weight.device))
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return x @ self.A.T @ self.B.T * self.scale
+        return linear(linear(x, self.A) * self.scale, self.B)
 
     def weight(self) -> Float[Tensor, "out in"]:
         """What the update adds to the projection's weight."""
