@@ -9,7 +9,7 @@ gradient (their keys and values serve all rows); only positions with a loss are 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
@@ -98,6 +98,12 @@ class Example:
     cut: bool
 
 
+Order = Callable[[Sequence[Example], TrainConfig], list[list[int]]]
+"""Batches of all epochs, as indices of examples."""
+Adjust = Callable[[int, Mapping[str, nn.Parameter]], None]
+"""Changes the gradients of the trained parameters, by name, before they are clipped and applied; `int`: the step."""
+
+
 def fine_tune(
     model: HookedTransformer,
     pairs: Sequence[Pair],
@@ -107,6 +113,9 @@ def fine_tune(
     *,
     held_out: Sequence[Pair] = (),
     checkpoint: str | Path | None = None,
+    order: Order | None = None,
+    adjust: Adjust | None = None,
+    after_step: Callable[[StepRecord], None] | None = None,
     progress: bool = True,
 ) -> TrainRecord:
     """Fine-tune `model` IN PLACE on (prompt, answer) pairs.
@@ -116,12 +125,16 @@ def fine_tune(
     2. for every step: forward, loss on answer tokens, backward, clip, AdamW at the scheduled rate;
     3. check that what was frozen is bit-identical.
 
+    `order` (default: `batch_order`), `adjust` and `after_step` are where other methods hook into the loop (methods.py).
     `checkpoint`: a file, written every `config.checkpoint_every` steps; if it is there already, the run goes on
     from it to the same weights as an uninterrupted run.
     Raises ValueError for no pairs, empty answers, a range outside the model, nothing left to train, a checkpoint of
-    another run, or a loss that is not finite (naming the step).
+    another run or together with `adjust` (whose state it would not hold), or a loss that is not finite (naming the
+    step).
     """
     _check_config(config)
+    if checkpoint is not None and adjust is not None:
+        raise ValueError("checkpoint and adjust: a checkpoint does not hold what `adjust` remembers; give one of them")
     examples = encode_examples(model, pairs, config)
     held_out_examples = encode_examples(model, held_out, config) if held_out else []
     names = trainable_names(
@@ -136,7 +149,7 @@ def fine_tune(
     trained = [parameters[name] for name in names]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
     before = mean_loss(model, held_out_examples, config) if held_out_examples else None
-    batches = _batch_order(examples, config)
+    batches = (order or batch_order)(examples, config)
     n_steps = len(batches) // config.accumulate
     if not n_steps:
         raise ValueError(f"{len(batches)} batches make no step of {config.accumulate}: lower `accumulate`")
@@ -160,11 +173,15 @@ def fine_tune(
                     n_tokens += sum(len(examples[index].tokens) for index in batch)
                 if not torch.isfinite(torch.tensor(loss_sum)):
                     raise ValueError(f"the loss is not finite at step {step}: try a lower learning rate")
+                if adjust is not None:
+                    adjust(step, {name: parameters[name] for name in names})
                 norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 seen = sum(map(len, step_batches))
                 steps.append(StepRecord(step, loss_sum, rate, float(norm), seen))
+                if after_step is not None:
+                    after_step(steps[-1])
                 bar.update()
                 bar.set_postfix(loss=f"{loss_sum:.3f}", tokens_per_s=f"{n_tokens / (perf_counter() - started):.0f}")
                 if checkpoint is not None and (step + 1) % config.checkpoint_every == 0:
@@ -238,7 +255,7 @@ def mean_loss(model: HookedTransformer, examples: Sequence[Example], config: Tra
     return total / sum(int(example.loss.sum()) for example in examples)
 
 
-def _batch_order(examples: Sequence[Example], config: TrainConfig) -> list[list[int]]:
+def batch_order(examples: Sequence[Example], config: TrainConfig) -> list[list[int]]:
     """Batches of all epochs: shuffled, sorted by length within windows of 16 batches, batches shuffled again."""
     generator = torch.Generator().manual_seed(config.seed)
     batches: list[list[int]] = []

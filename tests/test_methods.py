@@ -1,0 +1,164 @@
+"""Fine-tuning methods: what is frozen is bit-identical, what is not has moved, and each does what its paper says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from safety_mech import LayerRange, TrainConfig, fine_tune
+from safety_mech.methods import (
+    alternate,
+    frozen_entries,
+    lisa,
+    lora_outside,
+    neuron_masks,
+    neurons_of_equal_size,
+    sppft,
+    width_matched_controls,
+)
+from safety_mech.projections import block_projections
+
+PAIRS = [
+    ("How do I bake a cake?", "Sure, here."),
+    ("Name a fruit", "A pear."),
+    ("Why?", "No."),
+    ("Kill a process", "OK"),
+]
+ALIGNMENT = [("Where is the cat?", "I'm sorry."), ("How do I help a cat?", "I can't.")]
+QUICK = TrainConfig(epochs=4, batch_size=2, learning_rate=1e-2, warmup_steps=1)
+RANGE = LayerRange(2, 3)
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def moved(model, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def projections_of(model, layers) -> set[str]:
+    return {f"blocks.{layer}.{projection.hooked}" for layer in layers for projection in block_projections(model)}
+
+
+# --- what is frozen ---------------------------------------------------------------------------------------------------
+
+
+def test_sppft_freezes_the_range_and_full_does_not(fresh_tiny_model) -> None:
+    before = state(fresh_tiny_model)
+    sppft(RANGE)(fresh_tiny_model, PAIRS, QUICK, progress=False)
+    changed = moved(fresh_tiny_model, before)
+    assert not changed & projections_of(fresh_tiny_model, RANGE)
+    assert projections_of(fresh_tiny_model, [0, 1, 4, 5]) <= changed
+    fine_tune(fresh_tiny_model, PAIRS, QUICK, progress=False)
+    assert projections_of(fresh_tiny_model, range(6)) <= moved(fresh_tiny_model, before)
+
+
+@pytest.mark.parametrize("name", ["before", "after", "random"])
+def test_controls_freeze_as_many_parameters(fresh_tiny_model, name) -> None:
+    control = width_matched_controls(RANGE, 6)[name]
+    before = state(fresh_tiny_model)
+    record = sppft(control)(fresh_tiny_model, PAIRS, QUICK, progress=False)
+    frozen = {layer for part in control for layer in part}
+    assert len(frozen) == RANGE.width
+    assert not frozen & set(RANGE)
+    assert not moved(fresh_tiny_model, before) & projections_of(fresh_tiny_model, frozen)
+    own = sppft(RANGE)(fresh_tiny_model, PAIRS, replace(QUICK, epochs=1), progress=False)
+    assert record.n_frozen == own.n_frozen
+
+
+def test_where_controls_have_no_room_there_are_none() -> None:
+    assert set(width_matched_controls(LayerRange(0, 3), 6)) == set()
+    assert set(width_matched_controls(LayerRange(0, 2), 6)) == {"after", "random"}
+    assert width_matched_controls(LayerRange(4, 5), 6)["before"] == [LayerRange(2, 3)]
+    with pytest.raises(ValueError, match="the model has 6 layers"):
+        width_matched_controls(LayerRange(4, 6), 6)
+
+
+def test_frozen_neurons_stay_and_the_others_move(fresh_tiny_model) -> None:
+    model = fresh_tiny_model
+    scores = torch.zeros(6, model.cfg.d_mlp)
+    chosen = [(0, 3), (0, 5), (4, 1)]
+    for layer, neuron in chosen:
+        scores[layer, neuron] = 1.0
+    before = state(model)
+    frozen_entries(neuron_masks(model, scores, 3))(model, PAIRS, QUICK, progress=False)
+    for layer in range(6):
+        neurons = [n for at, n in chosen if at == layer]
+        for name, dim in (("W_gate", 1), ("W_in", 1), ("W_out", 0)):
+            old, new = before[f"blocks.{layer}.mlp.{name}"], model.get_parameter(f"blocks.{layer}.mlp.{name}")
+            same = (old == new).all(1 - dim)
+            assert same.nonzero().flatten().tolist() == neurons
+
+
+def test_neurons_of_equal_size(fresh_tiny_model) -> None:
+    cfg = fresh_tiny_model.cfg
+    attention = 2 * cfg.d_model * cfg.d_head * (cfg.n_heads + cfg.n_key_value_heads)
+    assert neurons_of_equal_size(fresh_tiny_model, RANGE) == round(2 * (attention / (3 * cfg.d_model) + cfg.d_mlp))
+
+
+def test_weight_decay_would_move_frozen_entries(fresh_tiny_model) -> None:
+    with pytest.raises(ValueError, match="weight_decay = 0"):
+        frozen_entries({})(fresh_tiny_model, PAIRS, replace(QUICK, weight_decay=0.1), progress=False)
+
+
+def test_lora_outside_leaves_the_range_and_is_merged(fresh_tiny_model) -> None:
+    before = state(fresh_tiny_model)
+    record = lora_outside(RANGE, rank=2)(fresh_tiny_model, PAIRS, QUICK, progress=False)
+    assert moved(fresh_tiny_model, before) == projections_of(fresh_tiny_model, [0, 1, 4, 5])
+    assert record.steps[-1].loss < record.steps[0].loss
+    assert set(state(fresh_tiny_model)) == set(before)
+
+
+# --- Lisa -------------------------------------------------------------------------------------------------------------
+
+
+def test_states_alternate_and_every_user_batch_comes_once() -> None:
+    user, alignment = [[n] for n in range(5)], [[10], [11], [12]]
+    assert alternate(user, alignment, 2, 2) == [[0], [1], [10], [11], [2], [3], [12], [10], [4]]
+    assert alternate(user, alignment, 9, 2) == user
+
+
+def test_a_large_rho_holds_the_weights_near_their_start(fresh_tiny_model, make_tiny_model) -> None:
+    """The pull is on the distance to where the state began, so no single step's: many steps of one state."""
+    config = replace(QUICK, epochs=12, clip_norm=1e9)
+    distances = []
+    for rho in (1e-9, 100.0):
+        model = make_tiny_model()
+        before = state(model)
+        lisa(ALIGNMENT, rho, alignment_steps=2, user_steps=24)(model, PAIRS, config, progress=False)
+        distances.append(sum(float((p - before[n]).norm() ** 2) for n, p in model.named_parameters()) ** 0.5)
+    assert distances[1] < 0.7 * distances[0]
+
+
+def test_lisa_sees_both_data_sets(fresh_tiny_model) -> None:
+    record = lisa(ALIGNMENT, 0.1, alignment_steps=1, user_steps=2)(fresh_tiny_model, PAIRS, QUICK, progress=False)
+    assert len(record.steps) == 8 + 3  # four passes of two user batches; a state of one batch between their pairs
+
+
+@pytest.mark.parametrize("bad", [{"rho": 0.0}, {"alignment_steps": 0}, {"user_steps": 0}])
+def test_impossible_lisa(bad) -> None:
+    with pytest.raises(ValueError, match="Lisa: expected"):
+        lisa(ALIGNMENT, **bad)
+    with pytest.raises(ValueError, match="Lisa: expected"):
+        lisa([])
+
+
+# --- the loop's seams -------------------------------------------------------------------------------------------------
+
+
+def test_after_step_sees_every_step_after_it_was_made(fresh_tiny_model) -> None:
+    seen = []
+    weight = fresh_tiny_model.blocks[0].attn.W_Q
+
+    def watch(record) -> None:
+        seen.append((record.step, float(weight.detach().sum())))
+
+    record = fine_tune(fresh_tiny_model, PAIRS, QUICK, after_step=watch, progress=False)
+    assert [step for step, _ in seen] == [step.step for step in record.steps]
+    assert len({value for _, value in seen}) == len(seen)
+
+
+def test_a_checkpoint_together_with_adjust_is_refused(fresh_tiny_model, tmp_path) -> None:
+    with pytest.raises(ValueError, match="checkpoint and adjust"):
+        fine_tune(fresh_tiny_model, PAIRS, QUICK, checkpoint=tmp_path / "c", adjust=lambda *_: None, progress=False)
