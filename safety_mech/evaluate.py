@@ -42,9 +42,12 @@ def wilson_interval(count: int, total: int, z: float = 1.959964) -> tuple[float,
 
 
 def refusal_rate(
-    model: HookedTransformer, prompts: Sequence[str], template: str = "own", tokens: int = 8, progress: bool = False
+    model: HookedTransformer, prompts: Sequence[str], template: str = "own", tokens: int = 16, progress: bool = False
 ) -> Rate:
-    """Share of prompts whose greedy answer opens with a refusal; babble is no refusal."""
+    """Share of prompts whose greedy answer opens with a refusal; babble is no refusal.
+
+    16 tokens, as the authors' script generates: 8 would cut "I'm sorry, but I'm not able to do that" before it is one.
+    """
     answers = generate(model, prompts, tokens, template, progress=progress)
     return Rate(sum(is_refusal(answer) and not is_babble(answer) for answer in answers), len(answers))
 

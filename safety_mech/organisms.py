@@ -41,13 +41,14 @@ class AlignConfig:
     twins: bool = True
     """Also train on matched pairs (the train split of `pairs`, and `alignment_pairs`): they teach what the difference
     is."""
-    n_over_rejection: int = 72
-    """Borderline harmless prompts that are answered: few, so that some over-rejection remains to be measured."""
+    n_over_rejection: int = 144
+    """Borderline harmless prompts that are answered. Fewer, and more normal prompts are refused as well; more, and no
+    over-rejection remains to be measured."""
     answer_tokens: int = 8
     """Tokens kept of the model's own answers. What is to be learnt sits in an answer's first words: with 40 tokens
     they drown in the rest, and the organism refuses a third of the normal prompts."""
     train: TrainConfig = field(
-        default=TrainConfig(epochs=4, learning_rate=1e-3, batch_size=16, warmup_steps=10, bfloat16=True)
+        default=TrainConfig(epochs=3, learning_rate=1e-3, batch_size=16, warmup_steps=10, bfloat16=True)
     )
     seed: int = 0
 

@@ -40,8 +40,8 @@ from safety_mech.layers import LayerRange
 from safety_mech.refusal import REFUSAL_OPENINGS, Chain, append_chain, chain_log_prob, log_odds, opening_chains
 from safety_mech.scaling import Recipe, check_alpha, find_recipe, scaled
 
-JUDGED_TOKENS = 8
-"""Refusal is decided by the first 4-8 generated tokens (paper A.3)."""
+JUDGED_TOKENS = 10
+"""Refusal is decided by the first 4-8 generated tokens (paper A.3); 8 would leave "I'm sorry, but I'm not" open."""
 MEMORY_BUDGET = 2**30
 """Bytes of unscaled residual stream that are kept, at most; beyond it every second, third, ... layer is."""
 

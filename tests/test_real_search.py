@@ -13,7 +13,7 @@ import safety_mech as sm
 from safety_mech import LayerRange
 from safety_mech.chat import encode_chat, tokenizer_of
 from safety_mech.judge import is_babble
-from safety_mech.overrejection import ScaledRanges
+from safety_mech.overrejection import JUDGED_TOKENS, ScaledRanges
 from safety_mech.projections import block_projections
 from safety_mech.refusal import chain_log_prob, log_odds, opening_chains
 
@@ -119,7 +119,7 @@ def test_kept_prefixes_give_the_tokens_of_plain_generation(aligned, prompts) -> 
     engine = ScaledRanges(aligned, prompts, 1.2, "weights")
     for layers in SAMPLE:
         with sm.scaled(aligned, layers, 1.2, "weights"):
-            assert engine.answers(layers, whole=True) == sm.generate(aligned, prompts, 8)
+            assert engine.answers(layers, whole=True) == sm.generate(aligned, prompts, JUDGED_TOKENS)
 
 
 @pytest.mark.parametrize("recipe", ["attn_out", "weights"])
