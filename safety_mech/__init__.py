@@ -2,8 +2,8 @@
 
 After "Safety Layers in Aligned Large Language Models" (ICLR 2025, arXiv 2408.17003), on TransformerLens'
 HookedTransformer. The package reads in the order of the paper: layers, models, chat, prompts, forward,
-residuals, divergence, onset, judge, refusal, scaling, overrejection, locate; freeze, finetune, adapters,
-organisms; results, plots. A file imports only from files above it.
+residuals, divergence, onset, judge, refusal, scaling, overrejection, locate; freeze, finetune, adapters, attacks,
+methods, organisms; results, plots. A file imports only from files above it.
 
 Axes of every tensor: `prompt layer pos d_model d_mlp head vocab`, and `sample` for bootstrap draws and
 permutations. Angles are in degrees, log-odds in nats, lengths in tokens.
