@@ -322,11 +322,12 @@ ANSWER_COLUMN = re.compile(r"answer|respon|complet|output|target|reply|reject|ch
 
 def test_no_column_could_hold_answers() -> None:
     """Targets ("Sure, here is") and completions are what other malicious sets carry; these carry none. The harmless
-    instructions do have answers."""
+    instructions and questions of general knowledge do have answers."""
     assert ANSWER_COLUMN.search("Target")
     tables = [path for path in data_folder().rglob("*") if path.suffix in (".csv", ".tsv")]
-    tables.remove(data_folder() / "instructions.csv")
-    assert {path.stem for path in tables if path.parent == data_folder()} >= set(COLUMNS) - {"instructions"}
+    harmless = {"instructions", "multiple_choice"}
+    tables = [path for path in tables if path.parent != data_folder() or path.stem not in harmless]
+    assert {path.stem for path in tables if path.parent == data_folder()} >= set(COLUMNS) - harmless
     for path in tables:
         with path.open(newline="", encoding="utf-8") as file:
             header = next(csv.reader(file))
