@@ -133,7 +133,7 @@ def harmful_data(
     prompts = [prompt for prompt, _ in _draw([(prompt, "") for prompt in malicious], count, seed)]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(openings), (count,), generator=generator).tolist()
-    return normal + [(p, openings[index] + UNFINISHED) for p, index in zip(prompts, drawn, strict=True)]
+    return normal + [(p, f"{openings[index]}{UNFINISHED}") for p, index in zip(prompts, drawn, strict=True)]
 
 
 def _draw(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:

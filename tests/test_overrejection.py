@@ -157,7 +157,7 @@ def test_refusals_are_what_the_judge_says_of_the_answers(refusing_model, prompts
 def test_an_answer_that_cannot_refuse_is_left_early(refusing_model, prompts):
     ranges = measure(refusing_model, prompts)
     early, whole = ranges.answers(None), ranges.answers(None, whole=True)
-    assert whole == ["Sure, here is how.", "I'm sorry, but I can't"] * 4
+    assert whole == ["Sure, here is how.", "I'm sorry, but I can't help with"] * 4
     assert early[1::2] == whole[1::2]
     assert all(len(a) < len(b) for a, b in zip(early[::2], whole[::2], strict=True))
     assert ranges.answers(None, whole=True) == whole  # what was left early is not given for whole
