@@ -39,7 +39,7 @@ class LocateConfig:
     """Prompt set, as above."""
     over_rejection: str = "over_rejection:test"
     """Harmless prompts that a scaled model may refuse; as above."""
-    max_over_rejection: int = 32
+    max_over_rejection: int = 24
     """Use at most this many of them: the whole grid costs a few minutes for these on two cores."""
     initial: str | None = None
     """START-END to start the search from; default: by rule from the gap, else from its difference to the base's."""
