@@ -25,7 +25,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not real_model' -n 2 $(ARGS)
+	$(BIN)/python -m pytest -m 'not real_model and not whole_run' -n 2 $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -22,6 +22,7 @@ def config(bench: ModuleType, llama_folder: Path, tmp_path: Path) -> Any:
     return bench.BenchConfig(model=str(llama_folder), steps=2, batch_size=2, out=str(tmp_path))
 
 
+@pytest.mark.whole_run
 def test_a_run_from_end_to_end(bench: ModuleType, config: Any, capsys: pytest.CaptureFixture[str]) -> None:
     measured = bench.main(config)
     assert set(measured) == set(bench.VARIANTS)
@@ -31,6 +32,7 @@ def test_a_run_from_end_to_end(bench: ModuleType, config: Any, capsys: pytest.Ca
     assert all(name in capsys.readouterr().out or name in bench.table(measured) for name in bench.VARIANTS)
 
 
+@pytest.mark.whole_run
 def test_variants_that_do_other_work_are_told(bench: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: the check of equal losses can fail."""
     monkeypatch.setattr(bench, "in_order", lambda examples, config: [[5, 4], [3, 2], [1, 0]])

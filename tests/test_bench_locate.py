@@ -34,6 +34,7 @@ def config(bench: ModuleType, llama_folder: Path, tmp_path: Path) -> Any:
     )
 
 
+@pytest.mark.whole_run
 def test_a_run_from_end_to_end(bench: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "in_own_process", lambda function, *arguments: function(*arguments))
     folder = bench.main(config)

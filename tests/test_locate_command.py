@@ -216,6 +216,7 @@ def test_a_bug_keeps_its_traceback(locate: ModuleType) -> None:
         run(broken, locate.LocateConfig, [])
 
 
+@pytest.mark.whole_run
 def test_the_real_command_ends_with_status_2(tmp_path: Path) -> None:
     outcome = subprocess.run(
         [sys.executable, str(SCRIPT), "--malicious", "absent.csv", "--out", str(tmp_path)],

@@ -37,6 +37,7 @@ def config_for(ranges: ModuleType, llama_folder: Path, tmp_path: Path) -> Callab
     return make
 
 
+@pytest.mark.whole_run
 def test_every_condition_has_an_answer_and_a_line(
     ranges: ModuleType, config_for: Callable[..., object], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +54,7 @@ def test_every_condition_has_an_answer_and_a_line(
     assert "4/4" in capsys.readouterr().out
 
 
+@pytest.mark.whole_run
 def test_a_finished_search_is_not_run_again(
     ranges: ModuleType, config_for: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
