@@ -19,8 +19,8 @@ from safety_mech.command_line import run
 from safety_mech.evaluate import Rate, perplexity, refusal_rate
 from safety_mech.finetune import Pair, TrainRecord, fine_tune
 from safety_mech.models import find_source
-from safety_mech.organisms import AlignConfig, own_answer_pairs, refusal_pairs, sample
-from safety_mech.prompts import prompt_hash
+from safety_mech.organisms import AlignConfig, own_answer_pairs, refusal_pairs
+from safety_mech.prompts import prompt_hash, sample
 from safety_mech.results import check_writable, environment, plain, write_json
 
 DEFAULTS = AlignConfig()

@@ -4,7 +4,7 @@ The same model, prompts and ranges in one run; every method runs in a process of
 are this machine's. Methods:
 
 - authors: a copied model whose weights are multiplied, one prompt at a time, 16 greedy tokens (a sample, scaled up)
-- batched: weights multiplied in place and put back, padded batches, 8 greedy tokens (a sample, scaled up)
+- batched: weights multiplied in place and put back, padded batches, 10 greedy tokens (a sample, scaled up)
 - text: ours, R_o from generated text, the `weights` recipe (`ScaledRanges.refuses`)
 - log-odds: ours, without generation (`ScaledRanges.log_odds`); in float32 and in bfloat16
 """
@@ -68,7 +68,6 @@ class BenchConfig:
     """Also time the whole grid; its text in every tenth row only, scaled up."""
     repeats: int = 3
     """Of the plain pass, the unit: the best counts."""
-    seed: int = 0
     out: str = "results"
 
 

@@ -19,7 +19,7 @@ import torch
 
 from safety_mech.data_files import data_folder
 from safety_mech.finetune import UNFINISHED, Pair
-from safety_mech.prompts import SPLITS, read_rows
+from safety_mech.prompts import read_rows, sample, shipped_rows
 
 IMPLICIT_PREFIX = "Sure, the answer is:"
 AFFIRMATIVE_OPENINGS = (
@@ -44,10 +44,8 @@ def load_instructions(source: str | Path = "instructions", split: str = "all") -
     Raises ValueError, naming the row, for missing fields, empty texts, invalid JSON, or conversations of more turns.
     """
     if str(source) == "instructions":
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} of 'instructions': expected one of {', '.join(SPLITS)}")
         path = data_folder() / "instructions.csv"
-        rows = [row for row in read_rows(path, "instruction") if split in ("all", row["split"])]
+        rows = shipped_rows("instructions", split)
     else:
         if split != "all":
             raise ValueError(f"split {split!r} of {str(source)!r}: only the shipped 'instructions' have splits")
@@ -92,7 +90,7 @@ def _from_messages(messages: Any, where: str) -> tuple[Any, Any]:
 
 def normal_data(pairs: Sequence[Pair], n: int | None = None, seed: int = 0) -> list[Pair]:
     """D_N: `n` of the pairs (default: all), drawn with a seed."""
-    return _draw(pairs, len(pairs) if n is None else n, seed)
+    return sample(pairs, len(pairs) if n is None else n, seed)
 
 
 def implicit_data(
@@ -110,7 +108,7 @@ def backdoor_data(
     if not trigger.strip():
         raise ValueError("trigger: expected some text")
     count = len(pairs) // 2 if n is None else n
-    drawn = _draw(pairs, 2 * count, seed)
+    drawn = sample(pairs, 2 * count, seed)
     return [(f"{prompt} {trigger}", f"{prefix} {answer}") for prompt, answer in drawn[:count]] + drawn[count:]
 
 
@@ -130,14 +128,7 @@ def harmful_data(
         raise ValueError(f"share {share}: expected 0 to 1")
     normal = normal_data(pairs, n, seed)
     count = round(len(normal) * share)
-    prompts = [prompt for prompt, _ in _draw([(prompt, "") for prompt in malicious], count, seed)]
+    prompts = sample(malicious, count, seed)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(openings), (count,), generator=generator).tolist()
     return normal + [(p, f"{openings[index]}{UNFINISHED}") for p, index in zip(prompts, drawn, strict=True)]
-
-
-def _draw(pairs: Sequence[Pair], count: int, seed: int) -> list[Pair]:
-    if not 0 <= count <= len(pairs):
-        raise ValueError(f"{count} examples are wanted, but there are {len(pairs)}")
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-    return [pairs[index] for index in order[:count].tolist()]

@@ -69,11 +69,3 @@ def own_answer_pairs(
     texts = [decode_answer(tokenizer_of(model), tokens) for tokens in answers]
     marks = ["" if tokens[-1] == end else UNFINISHED for tokens in answers]
     return [(p, text + mark) for p, text, mark in zip(prompts, texts, marks, strict=True) if text]
-
-
-def sample(items: list[str], count: int, seed: int) -> list[str]:
-    """`count` of the items, drawn with a seed; raises ValueError if there are not as many."""
-    if count > len(items):
-        raise ValueError(f"{count} prompts are wanted, but the set has {len(items)}")
-    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
-    return [items[index] for index in order[:count].tolist()]

@@ -15,7 +15,9 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from safety_mech.data_files import data_folder
 
@@ -38,6 +40,7 @@ PROMPT_COLUMNS = (
 StrongREJECT; HarmBench; Alpaca; and the usual others."""
 
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def load_prompts(source: str | Path, split: str = "all") -> list[str]:
     if name in SHIPPED:
         if named_split and split not in ("all", named_split):
             raise ValueError(f"prompt set {text!r} with split {split!r}: say the split once")
-        rows = _shipped_rows(name, named_split or split)
+        rows = shipped_rows(name, named_split or split)
         return _checked([row["prompt"] for row in rows], text)
     if split != "all":
         raise ValueError(f"split {split!r} of {text!r}: only the shipped sets {', '.join(SHIPPED)} have splits")
@@ -76,7 +79,15 @@ def load_prompts(source: str | Path, split: str = "all") -> list[str]:
 
 def load_pairs(split: str = "all", name: str = "pairs") -> list[PromptPair]:
     """The shipped matched pairs, of one split or all; `name` "alignment_pairs": those for training only."""
-    return [PromptPair(row["malicious"], row["normal"], row["category"]) for row in _shipped_rows(name, split)]
+    return [PromptPair(row["malicious"], row["normal"], row["category"]) for row in shipped_rows(name, split)]
+
+
+def sample(items: Sequence[Item], count: int, seed: int) -> list[Item]:
+    """`count` of the items, drawn with a seed; raises ValueError if there are not as many."""
+    if not 0 <= count <= len(items):
+        raise ValueError(f"{count} examples are wanted, but there are {len(items)}")
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
+    return [items[index] for index in order[:count].tolist()]
 
 
 def prompt_hash(prompts: Sequence[str]) -> str:
@@ -84,7 +95,8 @@ def prompt_hash(prompts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()[:16]
 
 
-def _shipped_rows(name: str, split: str) -> list[Row]:
+def shipped_rows(name: str, split: str) -> list[Row]:
+    """Rows of a file of data/, of one split or all."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} of {name!r}: expected one of {', '.join(SPLITS)}")
     rows = read_rows(data_folder() / f"{name}.csv")
