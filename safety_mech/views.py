@@ -1,0 +1,154 @@
+"""CircuitsVis pictures that need no network: attention heads of a layer, tokens coloured by refusal attribution.
+
+The package's own HTML asks the network whether it is there and then loads its code from a CDN. Here the code that came
+with the package is put into the page, once a page, however many views the page has.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+from uuid import uuid4
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from safety_mech.attribution import refusal_attribution
+from safety_mech.chat import Template, check_context, encode_chat, tokenizer_of
+from safety_mech.forward import embed, run_blocks
+from safety_mech.plots import BLUE, ORANGE
+
+DECIMALS = 4
+"""Of every number in a view: more cannot be seen, and a page has thousands of them."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One CircuitsVis component with its properties. Jupyter shows it; `html` is the same, for a page of your own.
+
+    For several views on one page take `views_html`: it carries the code once.
+    """
+
+    component: str
+    properties: dict[str, Any] = field(repr=False)
+    caption: str
+
+    @property
+    def html(self) -> str:
+        return views_html([self])
+
+    def _repr_html_(self) -> str:
+        return self.html
+
+
+def attention_heads_view(model: HookedTransformer, prompt: str, layer: int, template: str | Template = "own") -> View:
+    """What every head of `layer` attends to, over the prompt in its template: small maps, the chosen one large.
+
+    Raises ValueError for a layer outside the model.
+    """
+    pattern, tokens = attention_pattern(model, prompt, layer, template)
+    return heads_view(pattern, tokens, f"Attention of the heads of layer {layer} (0 = first block): {prompt}")
+
+
+def refusal_attribution_view(model: HookedTransformer, prompt: str, template: str | Template = "own") -> View:
+    """The prompt's tokens, coloured by what they do to the refusal log-odds to first order (attribution.py)."""
+    found = refusal_attribution(model, prompt, template)
+    caption = (
+        f"Refusal log-odds {found.log_odds:.2f} nats. Orange: more of this token raises them, blue: lowers them "
+        "(gradient times input, nats; a slope, not the effect of taking the token out)."
+    )
+    return tokens_view(found.tokens, found.values, caption)
+
+
+def heads_view(pattern: Float[Tensor, "head pos pos"], tokens: Sequence[str], caption: str) -> View:
+    """Attention maps (destination, source) as CircuitsVis' `AttentionHeads`."""
+    return View(
+        "AttentionHeads",
+        {
+            "attention": rounded(pattern),
+            "tokens": list(tokens),
+            "attentionHeadNames": [f"head {head}" for head in range(len(pattern))],
+            "positiveColor": BLUE,
+            "maxValue": 1,
+            "minValue": -1,
+        },
+        caption,
+    )
+
+
+def tokens_view(tokens: Sequence[str], values: Float[Tensor, " pos"], caption: str) -> View:
+    """CircuitsVis' `ColoredTokens`: orange above 0, blue below, white at 0, the same scale to both sides."""
+    scale = max(float(values.abs().max()), 10**-DECIMALS)
+    return View(
+        "ColoredTokens",
+        {
+            "tokens": [html.escape(token, quote=False) for token in tokens],  # the component takes tokens as HTML
+            "values": rounded(values),
+            "maxValue": scale,
+            "minValue": -scale,
+            "positiveColor": ORANGE,
+            "negativeColor": BLUE,
+        },
+        caption,
+    )
+
+
+def attention_pattern(
+    model: HookedTransformer, prompt: str, layer: int, template: str | Template = "own"
+) -> tuple[Float[Tensor, "head pos pos"], tuple[str, ...]]:
+    """All heads' attention (destination, source) in one layer, and the tokens; later layers are not run."""
+    if not 0 <= layer < model.cfg.n_layers:
+        raise ValueError(f"layer {layer}: the model has layers 0 to {model.cfg.n_layers - 1}")
+    tokenizer = tokenizer_of(model)
+    (chat,) = encode_chat(tokenizer, [prompt], template)
+    check_context([chat], model.cfg.n_ctx)
+    kept: list[Tensor] = []
+
+    def keep(pattern: Float[Tensor, "prompt head pos pos"], hook: HookPoint) -> None:
+        kept.append(pattern[0].detach().float().cpu())
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", keep)]):
+        run_blocks(model, embed(model, chat.tokens[None].to(model.embed.W_E.device)), stop=layer + 1)
+    return kept[0], tuple(str(tokenizer.decode([token])) for token in chat.tokens.tolist())
+
+
+def views_html(views: Sequence[View]) -> str:
+    """Views one after the other, as a piece of HTML that fetches nothing; CircuitsVis' code is in it once."""
+    return f"<script>{bundle()}</script>\n" + "\n".join(_mounted(view) for view in views)
+
+
+def _mounted(view: View) -> str:
+    """A place for the view, and the call that renders it there. A new id each time: a view may be shown twice."""
+    place = f"circuitsvis-{uuid4()}"
+    call = f'CircuitsVis.render("{place}", CircuitsVis.{view.component}, {script_json(view.properties)})'
+    return (
+        # white in a dark page as well: the components bring their own dark text
+        '<figure class="circuitsvis" style="background:#fff;color:#111;color-scheme:light;margin:1em 0;padding:0.8em;'
+        'overflow-x:auto;border-radius:6px">\n'
+        f'<figcaption style="margin-bottom:0.6em">{html.escape(view.caption)}</figcaption>\n'
+        f'<div id="{place}"><noscript>This picture needs JavaScript.</noscript></div>\n'
+        f"<script>{call}</script>\n</figure>"
+    )
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand inside <script>: no text in it can end the script or open a comment."""
+    return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
+
+
+@cache
+def bundle() -> str:
+    """The JavaScript that came with the circuitsvis package, fit to stand inside <script>."""
+    code = (files("circuitsvis") / "dist" / "cdn" / "iife.js").read_text(encoding="utf-8")
+    code = code.replace("</script", "<\\/script")  # inside strings, where both are the same
+    return code.replace("//# sourceMappingURL=iife.js.map", "")  # a debugger would fetch it
+
+
+def rounded(values: Float[Tensor, "..."]) -> Any:
+    return torch.round(values.double(), decimals=DECIMALS).tolist()
