@@ -245,3 +245,19 @@ def llama_folder(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def _chromium() -> Iterator[Any]:
+    from browser import chromium  # only where a test needs a browser
+
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture
+def open_file(_chromium: Any) -> Callable[[Path], Any]:
+    """Open a file in headless Chromium without a network: gives a `browser.Page`. One browser serves the session."""
+    from browser import open_in
+
+    return lambda path: open_in(_chromium, path)
