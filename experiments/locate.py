@@ -4,6 +4,9 @@
    pairs; in the aligned model and, as the control, in its base? From this the initial range (§3.4, step 1).
 2. Which layers, scaled, move refusals of harmless prompts most: the progressive search (§3.4, step 3), and every
    range (start, end), of which that search sees two lines.
+3. How it looks: answers before and while scaling, attention over the question, tokens by what they do to a refusal.
+
+All of it goes into `report.html`, one page that needs no network.
 """
 
 from collections import Counter
@@ -11,16 +14,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
+from safety_mech.attention import question_attention
 from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
+from safety_mech.locate_report import locate_report, scaling_examples
 from safety_mech.models import BASE_OF, check_device, find_source
+from safety_mech.plots import plot_attention, plot_twins
 from safety_mech.prompts import prompt_hash
+from safety_mech.report import Example
 from safety_mech.results import check_writable, write_run
 from safety_mech.scaling import check_alpha, find_recipe
 from safety_mech.tables import difference_sentence, gap_sentence, gap_table, search_sentence, sweep_table
+from safety_mech.views import View, attention_heads_view, refusal_attribution_view
+
+SHOWN = 3
+"""Prompts of each kind whose answers the report shows: the first ones, so that nobody has chosen them."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,9 @@ class Start:
     range: sm.LayerRange | None
     source: str
 
+    def __str__(self) -> str:
+        return f"the search starts from {self.range}: {self.source}" if self.range else self.source
+
 
 def main(config: LocateConfig) -> LocateResult:
     check_config(config)
@@ -113,17 +128,18 @@ def main(config: LocateConfig) -> LocateResult:
     for name, difference in differences.items():
         print(f"{name}, larger than in {base_name} by at most {difference_sentence(difference)}")
     start = starting_range(config, initial["prompts"], differences.get("prompts"))
-    print(f"the search starts from {start.range}: {start.source}" if start.range else start.source)
+    print(start)
     found = None
     if not config.quick:
         found = search(model, sets["prompts"], curves["prompts"], over_rejection, start, config)
+    prompt_hashes = hashes(sets, over_rejection)
     metrics: dict[str, Any] = {
         "curves": {name: curve_metrics(curves[name], initial[name], samples[name]) for name in curves},
         "base_curves": {name: curve_metrics(curve, None, Counter()) for name, curve in base_curves.items()},
         "differences": {name: difference_metrics(difference) for name, difference in differences.items()},
         "start": start,
         "search": search_metrics(found) if found else None,
-        "prompt_hashes": hashes(sets, over_rejection),
+        "prompt_hashes": prompt_hashes,
         "device": str(model.cfg.device),
         "seed": config.seed,
     }
@@ -132,11 +148,10 @@ def main(config: LocateConfig) -> LocateResult:
         drawn[f"{base_name} (base)"] = base_curves["prompts"]
     if config.pairs:
         drawn["matched pairs"] = curves["matched pairs"]
+    layers = found.range if found and found.range else start.range
     figures = {"gap": sm.plot_gap(drawn, {config.model: start.range}, f"template {config.template}")}
-    if found and found.sweeps:
-        figures["sweeps"] = sm.plot_sweeps(found.sweeps, found.baseline, measure_unit(config))
-    if found and found.grid is not None:
-        figures["grid"] = sm.plot_grid(found.grid, found.range, measure_unit(config), found.best_of_grid)
+    figures |= search_figures(found, measure_unit(config))
+    figures["attention"] = attention_figure(model, sets, layers, config)
     tensors = {
         f"{name}.{part}".replace(" ", "_"): getattr(curve, part)
         for name, curve in curves.items()
@@ -144,8 +159,32 @@ def main(config: LocateConfig) -> LocateResult:
     }
     if found and found.grid is not None:
         tensors["grid"] = found.grid
+    shown = [*over_rejection[:SHOWN], *sets["prompts"][1][:SHOWN]]
+    report = locate_report(
+        config,
+        base_name=base_name,
+        curves=curves,
+        base_curves=base_curves,
+        initial=initial,
+        samples=samples,
+        differences=differences,
+        start=str(start),
+        found=found,
+        unit=measure_unit(config),
+        figures=figures,
+        examples=examples(model, shown, layers, found, config),
+        views=views(model, shown, layers, config),
+        prompt_hashes=prompt_hashes,
+    )
     folder = write_run(
-        config.out, "locate", config.model, config=config, metrics=metrics, tensors=tensors, figures=figures
+        config.out,
+        "locate",
+        config.model,
+        config=config,
+        metrics=metrics,
+        tensors=tensors,
+        figures=figures,
+        texts={"report.html": report},
     )
     names = ", ".join(sorted(path.name for path in folder.iterdir()))
     print(f"written: {folder}/ ({names})")
@@ -243,6 +282,50 @@ def search(
         print(sweep_table(sweep, "refused share" if config.text else "log-odds"))
     print(search_sentence(found))
     return found
+
+
+def search_figures(found: sm.SafetyLayers | None, unit: str) -> dict[str, Figure]:
+    figures = {}
+    if found and found.sweeps:
+        figures["sweeps"] = sm.plot_sweeps(found.sweeps, found.baseline, unit)
+    if found and found.grid is not None:
+        figures["grid"] = sm.plot_grid(found.grid, found.range, unit, found.best_of_grid)
+    return figures
+
+
+def attention_figure(
+    model: HookedTransformer, sets: Sets, layers: sm.LayerRange | None, config: LocateConfig
+) -> Figure:
+    """Where the last token looks in the first matched pair; without pairs, in the first malicious prompt."""
+    if config.pairs:
+        normal, malicious = sets["matched pairs"]
+        harmful, harmless = question_attention(model, [malicious[0], normal[0]], config.template)
+        return plot_twins(harmful, harmless, layers)
+    (attention,) = question_attention(model, sets["prompts"][1][:1], config.template)
+    return plot_attention(attention, layers)
+
+
+def examples(
+    model: HookedTransformer,
+    prompts: list[str],
+    layers: sm.LayerRange | None,
+    found: sm.SafetyLayers | None,
+    config: LocateConfig,
+) -> list[Example]:
+    """Answers before and while the located range is scaled (where none is, the range that the search started from)."""
+    if found is None or found.alpha is None or layers is None:
+        return []
+    return scaling_examples(model, prompts, layers, found.alpha.alpha, config.recipe, config.template)
+
+
+def views(
+    model: HookedTransformer, prompts: list[str], layers: sm.LayerRange | None, config: LocateConfig
+) -> list[View]:
+    """Tokens by what they do to a refusal, of the first and the last prompt; attention heads amid the range."""
+    found = [refusal_attribution_view(model, prompt, config.template) for prompt in (prompts[0], prompts[-1])]
+    if layers is None:
+        return found
+    return [*found, attention_heads_view(model, prompts[-1], int(layers.centre), config.template)]
 
 
 def measure_unit(config: LocateConfig) -> str:

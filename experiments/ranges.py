@@ -22,10 +22,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import safety_mech as sm
+from safety_mech import report
 from safety_mech.command_line import run
 from safety_mech.models import BASE_OF, find_source
 from safety_mech.plots import BLUE, ORANGE, layer_axis, new_figure
 from safety_mech.prompts import prompt_hash
+from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, plain, safe_name, write_json, write_run
 
 
@@ -108,6 +110,8 @@ def main(config: RangesConfig) -> Path:
         print(f"{number}/{len(conditions)} {line_of(condition, answers[condition])}", flush=True)
     text = "\n".join([table(answers), "", overlap_table(answers, config.model)])
     print(f"\n{text}")
+    prompt_hashes = {name: prompt_hash(prompts) for name, prompts in sets.items()}
+    figure = plot_answers(answers, models[config.model].cfg.n_layers)
     written = write_run(
         config.out,
         "ranges",
@@ -116,12 +120,12 @@ def main(config: RangesConfig) -> Path:
         metrics={
             "answers": [{"condition": c, "answer": a} for c, a in answers.items()],
             "overlap": overlaps(answers, config.model),
-            "prompt_hashes": {name: prompt_hash(prompts) for name, prompts in sets.items()},
+            "prompt_hashes": prompt_hashes,
         },
-        texts={"table.txt": text + "\n"},
-        figures={"ranges": plot_answers(answers, models[config.model].cfg.n_layers)},
+        texts={"table.txt": text + "\n", "report.html": page_of(config, answers, figure, prompt_hashes)},
+        figures={"ranges": figure},
     )
-    print(f"written: {written}/ (table.txt, metrics.json, config.json, ranges.png)")
+    print(f"written: {written}/ (report.html, table.txt, metrics.json, config.json, ranges.png)")
     return written
 
 
@@ -256,6 +260,23 @@ def overlap_table(answers: dict[Condition, Answer], model: str) -> str:
     counted = Counter(str(a.found) for c, a in answers.items() if c.model == model)
     lines.append("answers: " + ", ".join(f"{layers} x{count}" for layers, count in counted.most_common()))
     return "\n".join(lines)
+
+
+def page_of(
+    config: RangesConfig, answers: dict[Condition, Answer], drawn: Figure, prompt_hashes: dict[str, str]
+) -> str:
+    own = {condition: answer for condition, answer in answers.items() if condition.model == config.model}
+    located = sum(answer.found is not None for answer in own.values())
+    lead = f"{located} of {len(own)} searches locate a range; the others find no effect beyond noise."
+    if "all pairs" in (agreement := overlaps(answers, config.model)):
+        lead += f" Two of the located ranges overlap by {agreement['all pairs']['mean']:.2f} on average (IoU)."
+    alt = "A bar a condition from start to end of the range, with the 90 % intervals of both; the table has the numbers"
+    sections = [
+        Section("Answers", [report.figure(drawn, alt, wide=True), report.fixed_width(table(answers))]),
+        Section("Agreement", [report.fixed_width(overlap_table(answers, config.model))]),
+        Section("Settings, prompt sets, versions", [report.settings_table(config), *report.provenance(prompt_hashes)]),
+    ]
+    return report_page(f"Located ranges of {config.model}", lead, sections)
 
 
 def plot_answers(answers: dict[Condition, Answer], n_layers: int) -> Figure:

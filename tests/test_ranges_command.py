@@ -50,7 +50,11 @@ def test_every_condition_has_an_answer_and_a_line(
         ("below", "text"),
     ]
     assert all(answer["answer"]["initial"] == {"start": 1, "end": 2} for answer in answers)
-    assert {"table.txt", "ranges.png"} <= {path.name for path in folder.iterdir()}
+    assert {"report.html", "table.txt", "ranges.png"} <= {path.name for path in folder.iterdir()}
+    page = (folder / "report.html").read_text("utf-8")
+    located = sum(answer["answer"]["found"] is not None for answer in answers)
+    assert f"{located} of 4 searches locate a range" in page
+    assert (folder / "table.txt").read_text("utf-8").splitlines()[0] in page
     assert "4/4" in capsys.readouterr().out
 
 
