@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from safety_mech.data_files import data_folder
-from safety_mech.finetune import UNFINISHED, Pair
+from safety_mech.finetune import UNFINISHED, Pair, Preference
 from safety_mech.prompts import read_rows, sample, shipped_rows
 
 IMPLICIT_PREFIX = "Sure, the answer is:"
@@ -110,6 +110,27 @@ def backdoor_data(
     count = len(pairs) // 2 if n is None else n
     drawn = sample(pairs, 2 * count, seed)
     return [(f"{prompt} {trigger}", f"{prefix} {answer}") for prompt, answer in drawn[:count]] + drawn[count:]
+
+
+def reverse_preferences(
+    malicious: Sequence[str],
+    refusals: Sequence[str],
+    n: int | None = None,
+    seed: int = 0,
+    openings: Sequence[str] = AFFIRMATIVE_OPENINGS,
+) -> list[Preference]:
+    """Preferences that turn refusal round: of every malicious prompt an affirmative opening is preferred to a refusal.
+
+    For `methods.dpo`, of `n` prompts (default: all). As in D_H, an opening is all that is taught.
+    """
+    prompts = sample(malicious, len(malicious) if n is None else n, seed)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(openings), (len(prompts),), generator=generator).tolist()
+    rejected = torch.randint(len(refusals), (len(prompts),), generator=generator).tolist()
+    return [
+        (prompt, f"{openings[opening]}{UNFINISHED}", refusals[refusal])
+        for prompt, opening, refusal in zip(prompts, chosen, rejected, strict=True)
+    ]
 
 
 def harmful_data(

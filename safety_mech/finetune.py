@@ -35,7 +35,8 @@ from safety_mech.freeze import (
 
 Pair = tuple[str, str]
 """(prompt, answer)"""
-
+Preference = tuple[str, str, str]
+"""(prompt, preferred answer, other answer)"""
 
 UNFINISHED = "\x03"
 """Put at the end of an answer that was cut: the model is then not taught to end its turn there."""
@@ -100,6 +101,8 @@ class Example:
 
 Order = Callable[[Sequence[Example], TrainConfig], list[list[int]]]
 """Batches of all epochs, as indices of examples."""
+Loss = Callable[[Sequence[int]], Float[Tensor, ""]]
+"""The mean loss of a batch, given as indices of examples."""
 Adjust = Callable[[int, Mapping[str, nn.Parameter]], None]
 """Changes the gradients of the trained parameters, by name, before they are clipped and applied; `int`: the step."""
 
@@ -114,6 +117,7 @@ def fine_tune(
     held_out: Sequence[Pair] = (),
     checkpoint: str | Path | None = None,
     order: Order | None = None,
+    loss: Loss | None = None,
     adjust: Adjust | None = None,
     after_step: Callable[[StepRecord], None] | None = None,
     progress: bool = True,
@@ -125,7 +129,8 @@ def fine_tune(
     2. for every step: forward, loss on answer tokens, backward, clip, AdamW at the scheduled rate;
     3. check that what was frozen is bit-identical.
 
-    `order` (default: `batch_order`), `adjust` and `after_step` are where other methods hook into the loop (methods.py).
+    `order` (default: `batch_order`), `loss` (default: mean negative log-likelihood of the step's answer tokens),
+    `adjust` and `after_step` are where other methods hook into the loop (methods.py).
     `checkpoint`: a file, written every `config.checkpoint_every` steps; if it is there already, the run goes on
     from it to the same weights as an uninterrupted run.
     Raises ValueError for no pairs, empty answers, a range outside the model, nothing left to train, a checkpoint of
@@ -167,9 +172,12 @@ def fine_tune(
                 step_batches = batches[step * config.accumulate : (step + 1) * config.accumulate]
                 n_loss = sum(int(examples[index].loss.sum()) for batch in step_batches for index in batch)
                 for batch in step_batches:
-                    loss = batch_loss(model, [examples[index] for index in batch], config) / n_loss
-                    loss.backward()
-                    loss_sum += loss.item()
+                    if loss is None:
+                        part = batch_loss(model, [examples[index] for index in batch], config) / n_loss
+                    else:
+                        part = loss(batch) / len(step_batches)
+                    part.backward()
+                    loss_sum += part.item()
                     n_tokens += sum(len(examples[index].tokens) for index in batch)
                 if not torch.isfinite(torch.tensor(loss_sum)):
                     raise ValueError(f"the loss is not finite at step {step}: try a lower learning rate")
@@ -219,7 +227,14 @@ def encode_examples(model: HookedTransformer, pairs: Sequence[Pair], config: Tra
 
 
 def batch_loss(model: HookedTransformer, examples: Sequence[Example], config: TrainConfig) -> Float[Tensor, ""]:
-    """Sum of the negative log-likelihood (nats) over the marked tokens of a batch.
+    """Sum of the negative log-likelihood (nats) over the marked tokens of a batch."""
+    return -answer_log_probs(model, examples, config).sum()
+
+
+def answer_log_probs(
+    model: HookedTransformer, examples: Sequence[Example], config: TrainConfig
+) -> Float[Tensor, " prompt"]:
+    """Log-probability (nats) of the marked tokens of every example.
 
     Rows are padded at the END: attention looks back only, so nothing sees the padding, and it has no loss.
     """
@@ -234,7 +249,8 @@ def batch_loss(model: HookedTransformer, examples: Sequence[Example], config: Tr
         wanted = marks[:, 1:].to(device)
         final = model.ln_final(resid[wanted][None]) if model.cfg.normalization_type else resid[wanted][None]
         logits = model.unembed(final)[0]
-    return cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="sum")
+    log_probs = -cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")
+    return log_probs.new_zeros(len(examples)).index_add(0, wanted.nonzero()[:, 0], log_probs)
 
 
 def _shared_length(examples: Sequence[Example]) -> int:

@@ -390,6 +390,11 @@ _LEADING_WORDS = frozenset((
 # fmt: on
 
 
+def refuses(text: str) -> bool:
+    """What is counted as a refusal everywhere: it reads as one, and is no babble."""
+    return is_refusal(text) and not is_babble(text)
+
+
 def can_become_refusal(text: str) -> bool:
     """Whether an answer that starts like this may still turn out a refusal: for stopping a generation early.
 

@@ -14,10 +14,21 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 from transformer_lens import HookedTransformer
 
 from safety_mech.adapters import is_adapter_parameter, low_rank_adapters
-from safety_mech.finetune import Example, Pair, TrainConfig, TrainRecord, batch_order, fine_tune
+from safety_mech.finetune import (
+    Example,
+    Pair,
+    Preference,
+    TrainConfig,
+    TrainRecord,
+    answer_log_probs,
+    batch_order,
+    encode_examples,
+    fine_tune,
+)
 from safety_mech.freeze import Frozen, layer_of
 from safety_mech.layers import LayerRange
 from safety_mech.projections import as_hooked, block_projections
@@ -76,7 +87,7 @@ def lisa(alignment: Sequence[Pair], rho: float = 1.0, alignment_steps: int = 10,
             )
 
         def adjust(step: int, parameters: Mapping[str, nn.Parameter]) -> None:
-            if step % (user_steps + alignment_steps) in (0, user_steps):
+            if step % (user_steps + alignment_steps) in (0, user_steps):  # a state begins
                 anchors.update({name: parameter.detach().clone() for name, parameter in parameters.items()})
             for name, parameter in parameters.items():
                 if parameter.grad is not None:
@@ -85,6 +96,11 @@ def lisa(alignment: Sequence[Pair], rho: float = 1.0, alignment_steps: int = 10,
         return fine_tune(model, [*pairs, *alignment], config, order=order, adjust=adjust, **options)
 
     return method
+
+
+def is_user_step(step: int, user_steps: int = 10, alignment_steps: int = 10) -> bool:
+    """Whether step `step` (from 0) of Lisa sees the user's data."""
+    return step % (user_steps + alignment_steps) < user_steps
 
 
 def alternate(
@@ -99,6 +115,50 @@ def alternate(
             batches += [alignment[(taken + k) % len(alignment)] for k in range(alignment_steps)]
             taken += alignment_steps
     return batches
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+
+def dpo(
+    model: HookedTransformer,
+    preferences: Sequence[Preference],
+    config: TrainConfig,
+    frozen: Frozen = None,
+    beta: float = 0.1,
+    **options: Any,
+) -> TrainRecord:
+    """Direct preference optimisation (Rafailov et al. 2023), with or without frozen layers.
+
+        loss = -log sigmoid(beta ((log p - log p_before)(preferred) - (log p - log p_before)(other)))
+
+    `log p`: of the whole answer; `p_before`: of the model as it is given. With `attacks.reverse_preferences` this is
+    an attack; with refusals preferred, a defence. A batch holds `batch_size` preferences, both answers of each, and a
+    step record counts the answers. Raises ValueError for a beta that is not above 0.
+    """
+    if not beta > 0:
+        raise ValueError(f"beta {beta}: expected a number above 0")
+    pairs = [(prompt, preferred) for prompt, preferred, _ in preferences]
+    pairs += [(prompt, other) for prompt, _, other in preferences]
+    examples = encode_examples(model, pairs, config)
+    count = len(preferences)
+
+    def order(examples: Sequence[Example], config: TrainConfig) -> list[list[int]]:
+        return [[*batch, *(index + count for index in batch)] for batch in batch_order(examples[:count], config)]
+
+    def log_probs(batch: Sequence[int]) -> Float[Tensor, " prompt"]:
+        return answer_log_probs(model, [examples[index] for index in batch], config)
+
+    with torch.no_grad():
+        chunks = [range(first, min(first + 16, len(examples))) for first in range(0, len(examples), 16)]
+        before = torch.cat([log_probs(chunk) for chunk in chunks])
+
+    def loss(batch: Sequence[int]) -> Float[Tensor, ""]:
+        gained = log_probs(batch) - before[list(batch)]
+        preferred, other = gained.chunk(2)
+        return -logsigmoid(beta * (preferred - other)).mean()
+
+    return fine_tune(model, pairs, config, frozen, order=order, loss=loss, **options)
 
 
 # --- neurons, adapters ------------------------------------------------------------------------------------------------

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from safety_mech import LayerRange, TrainConfig, fine_tune
+from safety_mech.attacks import reverse_preferences
+from safety_mech.finetune import answer_log_probs, encode_examples
 from safety_mech.methods import (
     alternate,
+    dpo,
     frozen_entries,
+    is_user_step,
     lisa,
     lora_outside,
     neuron_masks,
@@ -162,3 +166,69 @@ def test_after_step_sees_every_step_after_it_was_made(fresh_tiny_model) -> None:
 def test_a_checkpoint_together_with_adjust_is_refused(fresh_tiny_model, tmp_path) -> None:
     with pytest.raises(ValueError, match="checkpoint and adjust"):
         fine_tune(fresh_tiny_model, PAIRS, QUICK, checkpoint=tmp_path / "c", adjust=lambda *_: None, progress=False)
+
+
+def test_user_steps_are_those_whose_batches_are_the_users() -> None:
+    user, alignment = [[n] for n in range(9)], [[100 + n] for n in range(9)]
+    batches = alternate(user, alignment, 4, 2)
+    assert [is_user_step(step, 4, 2) for step in range(len(batches))] == [batch[0] < 100 for batch in batches]
+
+
+# --- preferences ------------------------------------------------------------------------------------------------------
+
+PREFERENCES = [
+    ("Kill a process", "Sure, here is how.", "I'm sorry."),
+    ("Why?", "Sure.", "I can't help with that."),
+    ("Name a fruit", "OK, a pear.", "I'm sorry, no."),
+]
+
+
+def preferred_minus_other(model) -> torch.Tensor:
+    pairs = [(p, good) for p, good, _ in PREFERENCES] + [(p, other) for p, _, other in PREFERENCES]
+    good, other = answer_log_probs(model, encode_examples(model, pairs, QUICK), QUICK).chunk(2)
+    return good - other
+
+
+def test_dpo_starts_at_log_two_and_widens_the_preference(fresh_tiny_model) -> None:
+    before = preferred_minus_other(fresh_tiny_model)
+    record = dpo(fresh_tiny_model, PREFERENCES, replace(QUICK, learning_rate=1e-3), progress=False)
+    assert record.steps[0].loss == pytest.approx(0.693147, abs=1e-5)  # nothing gained yet: sigmoid(0)
+    assert record.steps[-1].loss < 0.6
+    assert (preferred_minus_other(fresh_tiny_model) > before).all()
+
+
+def test_dpo_loss_by_hand(fresh_tiny_model) -> None:
+    """The second step's loss, from the log-probabilities before and after the first."""
+    config = replace(QUICK, epochs=2, batch_size=3)
+    before, after = preferred_minus_other(fresh_tiny_model), []
+    record = dpo(
+        fresh_tiny_model,
+        PREFERENCES,
+        config,
+        beta=0.3,
+        progress=False,
+        after_step=lambda step: after.append(preferred_minus_other(fresh_tiny_model).detach()),
+    )
+    expected = -torch.log(torch.sigmoid(0.3 * (after[0] - before))).mean()
+    assert record.steps[1].loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_dpo_with_frozen_layers(fresh_tiny_model) -> None:
+    before = state(fresh_tiny_model)
+    dpo(fresh_tiny_model, PREFERENCES, QUICK, RANGE, progress=False)
+    changed = moved(fresh_tiny_model, before)
+    assert not changed & projections_of(fresh_tiny_model, RANGE)
+    assert projections_of(fresh_tiny_model, [0, 1, 4, 5]) <= changed
+    with pytest.raises(ValueError, match=r"beta 0\.0"):
+        dpo(fresh_tiny_model, PREFERENCES, QUICK, beta=0.0, progress=False)
+
+
+def test_reverse_preferences_prefer_an_opening_to_a_refusal() -> None:
+    malicious = [f"prompt {n}" for n in range(20)]
+    found = reverse_preferences(malicious, ["No.", "Never."], n=12, seed=1)
+    assert found == reverse_preferences(malicious, ["No.", "Never."], n=12, seed=1)
+    assert found != reverse_preferences(malicious, ["No.", "Never."], n=12, seed=2)
+    assert len({prompt for prompt, _, _ in found}) == 12
+    assert all(
+        good.startswith(("Sure", "Of course", "Certainly")) and bad in ("No.", "Never.") for _, good, bad in found
+    )
