@@ -2,8 +2,8 @@
 
 After "Safety Layers in Aligned Large Language Models" (ICLR 2025, arXiv 2408.17003), on TransformerLens'
 HookedTransformer. The package reads in the order of the paper: layers, models, chat, prompts, forward,
-residuals, divergence, onset, judge, refusal, scaling, overrejection, locate; freeze, finetune, adapters, attacks,
-methods, organisms; results, plots. A file imports only from files above it.
+residuals, divergence, onset, judge, refusal, scaling, overrejection, locate; attention, words; freeze, finetune,
+adapters, attacks, methods, organisms; results, plots. A file imports only from files above it.
 
 Axes of every tensor: `prompt layer pos d_model d_mlp head vocab`, and `sample` for bootstrap draws and
 permutations. Angles are in degrees, log-odds in nats, lengths in tokens.
@@ -11,6 +11,7 @@ Layer 0 is the first block; a LayerRange includes both of its ends; the residual
 `blocks.k.hook_resid_post`, what block k leaves behind.
 """
 
+from safety_mech.attention import QuestionAttention, min_max, question_attention
 from safety_mech.chat import Template, encode_chat
 from safety_mech.divergence import GapCurve, GapDifference, PairStats, gap_curve, gap_difference
 from safety_mech.finetune import TrainConfig, TrainRecord, fine_tune
@@ -20,11 +21,12 @@ from safety_mech.layers import LayerRange
 from safety_mech.locate import SafetyLayers, locate, progressive_search
 from safety_mech.models import load_model
 from safety_mech.onset import OnsetRule, initial_range, initial_range_samples
-from safety_mech.plots import plot_gap, plot_grid, plot_sweeps
+from safety_mech.plots import plot_attention, plot_gap, plot_grid, plot_sweeps, plot_twins, plot_word_shares
 from safety_mech.prompts import PromptPair, load_pairs, load_prompts
 from safety_mech.refusal import refusal_log_odds
 from safety_mech.residuals import last_token_residuals
 from safety_mech.scaling import RECIPES, Recipe, scaled
+from safety_mech.words import WordShares, by_word, word_shares
 
 __all__ = [
     "RECIPES",
@@ -34,11 +36,14 @@ __all__ = [
     "OnsetRule",
     "PairStats",
     "PromptPair",
+    "QuestionAttention",
     "Recipe",
     "SafetyLayers",
     "Template",
     "TrainConfig",
     "TrainRecord",
+    "WordShares",
+    "by_word",
     "encode_chat",
     "fine_tune",
     "gap_curve",
@@ -53,10 +58,16 @@ __all__ = [
     "load_pairs",
     "load_prompts",
     "locate",
+    "min_max",
+    "plot_attention",
     "plot_gap",
     "plot_grid",
     "plot_sweeps",
+    "plot_twins",
+    "plot_word_shares",
     "progressive_search",
+    "question_attention",
     "refusal_log_odds",
     "scaled",
+    "word_shares",
 ]

@@ -12,11 +12,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from torch import Tensor
 
+from safety_mech.attention import QuestionAttention, min_max
 from safety_mech.divergence import GapCurve, PairStats
 from safety_mech.layers import LayerRange
 from safety_mech.locate import Sweep
+from safety_mech.words import KINDS, WordShares, mean_interval
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
 STYLES: tuple[dict[str, Any], ...] = (
@@ -145,3 +148,81 @@ def _mark_cell(ax: Axes, layers: LayerRange, marker: str, label: str) -> None:
     at = ([layers.end], [layers.start])
     ax.plot(*at, marker, markersize=11, markerfacecolor="none", markeredgecolor="black", linestyle="none", label=label)
     ax.plot(*at, marker, markersize=9, markerfacecolor="none", markeredgecolor="white", linestyle="none")
+
+
+def plot_attention(attention: QuestionAttention, layers: LayerRange | None = None, title: str = "") -> Figure:
+    """The paper's heatmap (A.5): a row a layer, a column a token of the question, every row min-max scaled.
+
+    `words.by_word(attention)` gives a column a word. The edges of `layers` are drawn across.
+    """
+    figure, (ax,) = new_figure(width=2.6 + 0.36 * len(attention.tokens), height=5.2)
+    image = _draw_attention(ax, attention, layers)
+    figure.colorbar(image, ax=ax, label=_ATTENTION_LABEL)
+    ax.set_title(title or "attention of the last token over the question", fontsize=10)
+    return figure
+
+
+def plot_twins(harmful: QuestionAttention, harmless: QuestionAttention, layers: LayerRange | None = None) -> Figure:
+    """The heatmaps of a matched pair side by side; each row is scaled within its own prompt."""
+    columns = max(len(harmful.tokens), len(harmless.tokens))
+    figure, axes = new_figure(columns=2, width=1.6 + 0.36 * columns, height=5.2)
+    images = [_draw_attention(ax, attention, layers) for ax, attention in zip(axes, (harmful, harmless), strict=True)]
+    for ax, name in zip(axes, ("harmful twin", "harmless twin"), strict=True):
+        ax.set_title(name, fontsize=10)
+    axes[1].set_ylabel("")
+    figure.colorbar(images[0], ax=axes, label=_ATTENTION_LABEL)
+    return figure
+
+
+_ATTENTION_LABEL = "attention of the last token, scaled per layer\n(0 = least of the question, 1 = most)"
+
+
+def _draw_attention(ax: Axes, attention: QuestionAttention, layers: LayerRange | None) -> AxesImage:
+    image = ax.imshow(
+        min_max(attention.weights).numpy(), cmap="cividis", origin="lower", aspect="auto", vmin=0.0, vmax=1.0
+    )
+    ax.grid(visible=False)
+    labels = [token.strip() or repr(token)[1:-1] for token in attention.tokens]
+    ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
+    n_layers = len(attention.weights)
+    ax.set_yticks(range(0, n_layers, max(1, round(n_layers / 10))))
+    ax.set_ylabel("layer (0 = first block)")
+    _mark_rows(ax, layers)
+    return image
+
+
+def _mark_rows(ax: Axes, layers: LayerRange | None) -> None:
+    """The edges of a range across a heatmap, dashed white on black: seen on dark and on light cells."""
+    if layers is None:
+        return
+    for edge in (layers.start - 0.5, layers.end + 0.5):
+        ax.axhline(edge, color="black", linewidth=2.4)
+        ax.axhline(edge, color="white", linewidth=1.2, linestyle=(0, (4, 2)))
+    ax.text(
+        1.01, layers.centre, f"range {layers}", transform=ax.get_yaxis_transform(), rotation=90, va="center", fontsize=8
+    )
+
+
+def plot_word_shares(shares: Mapping[str, WordShares], layers: LayerRange | None = None, level: float = 0.95) -> Figure:
+    """Share of the question's attention on each kind of word by layer, with intervals over prompts; a panel a set.
+
+    A thin line of the same style, without marks, is what equal attention to every token would give.
+    """
+    figure, axes = new_figure(columns=len(shares))
+    for ax, (name, part) in zip(axes, shares.items(), strict=True):
+        mean, low, high = (100 * values for values in mean_interval(part.shares, level=level))
+        equal = 100 * part.uniform.mean(dim=0)
+        for index, (kind, style) in enumerate(zip(KINDS, STYLES, strict=False)):
+            x = np.arange(part.n_layers)
+            ax.plot(x, mean[:, index].numpy(), label=kind, markersize=3, linewidth=1.4, **style)
+            ax.fill_between(
+                x, low[:, index].numpy(), high[:, index].numpy(), color=style["color"], alpha=0.18, linewidth=0
+            )
+            ax.axhline(float(equal[index]), color=style["color"], linestyle=style["linestyle"], linewidth=0.8)
+        mark_range(ax, layers, "range")
+        layer_axis(ax, part.n_layers)
+        ax.set_ylim(bottom=0)
+        ax.set_ylabel("share of the attention over the question (%)")
+        ax.set_title(f"{name}: {len(part.shares)} prompts, {level:.0%} interval; thin: equal attention", fontsize=10)
+        ax.legend(fontsize=8, frameon=False)
+    return figure
