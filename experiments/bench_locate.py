@@ -20,12 +20,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformer_lens import HookedTransformer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 import safety_mech as sm
 from safety_mech.chat import ChatTokens, decode_answer, encode_chat
 from safety_mech.command_line import run
-from safety_mech.judge import is_babble, is_refusal
+from safety_mech.judge import refuses
 from safety_mech.layers import LayerRange
 from safety_mech.measuring import in_own_process, pad_left
 from safety_mech.models import find_source, load_transformers
@@ -40,7 +40,7 @@ Returned = TypeVar("Returned")
 AUTHORS_TOKENS = 16
 """The authors' script generates 16 tokens."""
 GRID_ROWS = 10
-"""Of the grid by text, every tenth row is timed."""
+"""Of the grid by text, and of that in bfloat16, every tenth row is timed."""
 SAME_LOGITS = 1e-3
 """Largest difference of logits at which two ways of scaling count as the same."""
 
@@ -65,7 +65,7 @@ class BenchConfig:
     sample_prompts: int = 6
     """Prompts of which the authors' procedure is timed."""
     grid: bool = True
-    """Also time the whole grid; its text in every tenth row only, scaled up."""
+    """Also time the whole grid; by text and in bfloat16 every tenth row only, scaled up."""
     repeats: int = 3
     """Of the plain pass, the unit: the best counts."""
     out: str = "results"
@@ -97,6 +97,7 @@ def main(config: BenchConfig) -> Path:
     for name, method in METHODS.items():
         print(f"measuring {name} ...", flush=True)
         measured[name] = in_own_process(method, config, ranges, sampled)
+        print(f"{name}: the sweeps take {measured[name].sweeps / unit:.1f} plain passes", flush=True)
     text = report(measured, unit, unit_bf16, ranges, n_layers)
     print(text)
     metrics = {
@@ -181,11 +182,6 @@ def generate(model: Any, batch: Sequence[ChatTokens], tokens: int) -> list[list[
     return found[:, padded.shape[1] :].tolist()
 
 
-def refused(tokenizer: PreTrainedTokenizerBase, answer: Sequence[int]) -> bool:
-    text = decode_answer(tokenizer, answer)
-    return is_refusal(text) and not is_babble(text)
-
-
 def batches_of(chats: Sequence[ChatTokens], size: int) -> list[Sequence[ChatTokens]]:
     return [chats[first : first + size] for first in range(0, len(chats), size)]
 
@@ -221,7 +217,7 @@ def time_batched(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Seq
         with weights_scaled_in_place(model, layers, config.alpha):
             batches = batches_of(chats, config.batch_size)
             answers = [answer for batch in batches for answer in generate(model, batch, JUDGED_TOKENS)]
-        decisions[str(layers)] = [refused(tokenizer, answer) for answer in answers]
+        decisions[str(layers)] = [refuses(decode_answer(tokenizer, answer)) for answer in answers]
     per_range = (time.perf_counter() - start) / len(sampled)
     cells = len(all_ranges(model.config.num_hidden_layers))
     return Timed(per_range * len(ranges), per_range * cells if config.grid else None, decisions=decisions)
@@ -257,30 +253,40 @@ def time_text(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequen
     sm.generate(model, prompts_of(config)[:4], JUDGED_TOKENS)  # warm-up
     seconds, engine = timed(lambda: measure_all(engine_of(config, model), "refuses", ranges))
     decisions = {str(layers): engine.refuses(layers).tolist() for layers in sampled}
-    grid = None
-    if config.grid:
-        cells = [layers for layers in all_ranges(engine.n_layers) if layers.start % GRID_ROWS == 0]
-        taken, _ = timed(lambda: measure_all(engine_of(config, model), "refuses", cells))
-        grid = taken * layer_evaluations(all_ranges(engine.n_layers), engine.n_layers)["shared"]
-        grid /= layer_evaluations(cells, engine.n_layers)["shared"]
+    if not config.grid:
+        return Timed(seconds, decisions=decisions)
+    grid, _ = time_grid(lambda: engine_of(config, model), "refuses", engine.n_layers, every=GRID_ROWS)
     return Timed(seconds, grid, decisions=decisions)
 
 
 def time_log_odds(
-    config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange], dtype: str = "float32"
+    config: BenchConfig,
+    ranges: Sequence[LayerRange],
+    sampled: Sequence[LayerRange],
+    dtype: str = "float32",
+    every: int = 1,
 ) -> Timed:
     model = sm.load_model(config.model, "cpu", dtype)
     openings = openings_in_use(model, sm.load_prompts("malicious:test")[:32])
     seconds, engine = timed(lambda: measure_all(engine_of(config, model, openings), "log_odds", ranges))
     if not config.grid:
         return Timed(seconds, evaluations=engine.evaluations)
-    cells = all_ranges(engine.n_layers)
-    seconds_of_grid, whole = timed(lambda: measure_all(engine_of(config, model, openings), "log_odds", cells))
-    return Timed(seconds, seconds_of_grid, engine.evaluations, whole.evaluations)
+    grid, whole = time_grid(lambda: engine_of(config, model, openings), "log_odds", engine.n_layers, every)
+    return Timed(seconds, grid, engine.evaluations, whole.evaluations)
 
 
 def time_log_odds_bf16(*arguments: Any) -> Timed:
-    return time_log_odds(*arguments, dtype="bfloat16")
+    return time_log_odds(*arguments, dtype="bfloat16", every=GRID_ROWS)
+
+
+def time_grid(
+    engine: Callable[[], ScaledRanges], measure: str, n_layers: int, every: int = 1
+) -> tuple[float, ScaledRanges]:
+    """Seconds for the whole grid; of `every` so many rows one is run, and its time scaled up by layer evaluations."""
+    cells = [layers for layers in all_ranges(n_layers) if layers.start % every == 0]
+    seconds, ran = timed(lambda: measure_all(engine(), measure, cells))
+    whole, part = (layer_evaluations(ranges, n_layers)["shared"] for ranges in (all_ranges(n_layers), cells))
+    return seconds * whole / part, ran
 
 
 def measure_all(engine: ScaledRanges, measure: str, ranges: Sequence[LayerRange]) -> ScaledRanges:

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from safety_mech import GapCurve, LayerRange, PairStats, plot_gap
-from safety_mech.plots import STYLES, layer_axis, mark_range, new_figure
+from safety_mech.plots import STYLES, layer_axis, mark_range, new_figure, plot_dose
 
 N_LAYERS = 12
 
@@ -171,3 +171,24 @@ def test_the_layer_axis_has_about_ten_whole_ticks(n_layers: int) -> None:
     assert ticks[0] == 0
     assert all(tick == int(tick) < n_layers for tick in ticks)
     assert len(ticks) <= 16
+
+
+def test_dose_has_a_column_an_attack_and_a_line_a_method() -> None:
+    doses = torch.tensor([0.0, 8, 16])
+    refused = torch.tensor([[1.0, 0.5, 0.0], [1.0, 0.7, 0.2]])
+    log_odds = 4 * refused - 2
+    methods = {name: (doses, refused * scale, log_odds * scale) for name, scale in (("full", 1.0), ("SPPFT", 0.5))}
+    figure = plot_dose({"normal": methods, "implicit": methods}, n_prompts=40)
+    upper, other, lower, _ = figure.axes
+    full, frozen, half = upper.lines
+    assert full.get_ydata() == pytest.approx([100, 60, 10])
+    assert frozen.get_ydata() == pytest.approx([50, 30, 5])
+    assert half.get_ydata() == pytest.approx([50, 50])  # half of what is refused at dose 0
+    assert lower.lines[0].get_ydata() == pytest.approx([2, 0.4, -1.6])
+    assert [text.get_text() for text in upper.get_legend().get_texts()] == ["full", "SPPFT", "half of the refusals"]
+    assert (upper.get_title(), other.get_title()) == ("attack: normal", "attack: implicit")
+    assert upper.get_ylabel() == "malicious prompts refused (% of 40)"
+    assert "nats" in lower.get_ylabel()
+    assert "examples" in lower.get_xlabel()
+    band = upper.collections[0].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0, 100))
