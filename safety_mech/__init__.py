@@ -2,8 +2,9 @@
 
 After "Safety Layers in Aligned Large Language Models" (ICLR 2025, arXiv 2408.17003), on TransformerLens'
 HookedTransformer. The package reads in the order of the paper: layers, models, chat, prompts, forward,
-residuals, divergence, onset, judge, refusal, scaling, overrejection, locate; attention, words; freeze, finetune,
-adapters, attacks, methods, organisms; results, plots. A file imports only from files above it.
+residuals, divergence, onset, judge, refusal, scaling, overrejection, locate; segments, directions, patching, margin,
+locators; attention, words; freeze, finetune, adapters, attacks, methods, organisms; results, plots. A file imports
+only from files above it.
 
 Axes of every tensor: `prompt layer pos d_model d_mlp head vocab`, and `sample` for bootstrap draws and
 permutations. Angles are in degrees, log-odds in nats, lengths in tokens.
@@ -18,7 +19,8 @@ from safety_mech.finetune import TrainConfig, TrainRecord, fine_tune
 from safety_mech.generation import generate
 from safety_mech.judge import is_babble, is_refusal
 from safety_mech.layers import LayerRange
-from safety_mech.locate import SafetyLayers, locate, progressive_search
+from safety_mech.locate import SafetyLayers, progressive_search
+from safety_mech.locators import LOCATORS, Located, PromptSets, locate
 from safety_mech.models import load_model
 from safety_mech.onset import OnsetRule, initial_range, initial_range_samples
 from safety_mech.plots import plot_attention, plot_gap, plot_grid, plot_sweeps, plot_twins, plot_word_shares
@@ -29,13 +31,16 @@ from safety_mech.scaling import RECIPES, Recipe, scaled
 from safety_mech.words import WordShares, by_word, word_shares
 
 __all__ = [
+    "LOCATORS",
     "RECIPES",
     "GapCurve",
     "GapDifference",
     "LayerRange",
+    "Located",
     "OnsetRule",
     "PairStats",
     "PromptPair",
+    "PromptSets",
     "QuestionAttention",
     "Recipe",
     "SafetyLayers",

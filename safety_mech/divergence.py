@@ -97,8 +97,8 @@ def gap_curve(
     samples = _bootstrap_gaps(angles, n, paired, bootstrap, generator)
     low, high = _interval(samples, level)
     gap = stats[2].angle_mean - stats[0].angle_mean
-    observed = _gaps(angles, is_normal[None].double(), paired)[0]
-    null = _gaps(angles, _permuted_labels(n, m, paired, permutations, generator), paired)
+    observed = labelled_gaps(angles, is_normal[None].double(), paired)[0]
+    null = labelled_gaps(angles, _permuted_labels(n, m, paired, permutations, generator), paired)
     p_values, p_any = _p_values(observed, null)
     return GapCurve(stats[0], stats[1], stats[2], gap, low, high, p_values, p_any, samples, null, level, seed)
 
@@ -193,7 +193,9 @@ def _stats(angles: Angles, pairs: Int[Tensor, "2 pair"], r: int | None, generato
     return PairStats(cosine.mean(1), cosine.std(1), values.mean(1), values.std(1), n_pairs=int(pairs.shape[1]))
 
 
-def _gaps(angles: Angles, normal_weight: Float[Tensor, "sample prompt"], paired: bool) -> Float[Tensor, "sample layer"]:
+def labelled_gaps(
+    angles: Angles, normal_weight: Float[Tensor, "sample prompt"], paired: bool = False
+) -> Float[Tensor, "sample layer"]:
     """Gaps for many labellings at once; `normal_weight` is 1 where a prompt counts as normal, else 0."""
     return _weighted_gaps(angles, normal_weight, 1.0 - normal_weight, paired)
 

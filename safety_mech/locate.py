@@ -243,7 +243,7 @@ def resampled_search(
     return answers
 
 
-def locate(
+def locate_by_scaling(
     model: HookedTransformer,
     normal: Sequence[str],
     malicious: Sequence[str],
@@ -263,7 +263,7 @@ def locate(
     seed: int = 0,
     progress: bool = False,
 ) -> SafetyLayers:
-    """Locate the safety layers of a model.
+    """Locate the safety layers of a model as the paper does. `sm.locate` is this, and more methods (locators.py).
 
     1. gap curve of `normal` and `malicious` (or `curve`, if it is measured already) -> initial range (or `initial`);
     2. baseline: refusal of the `over_rejection` prompts, unscaled;

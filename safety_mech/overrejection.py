@@ -12,7 +12,8 @@ Two measures:
   babble is told from refusal by the judge and does not count.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +36,7 @@ from safety_mech.chat import (
 )
 from safety_mech.forward import embed, stack_rest, unembed_last
 from safety_mech.generation import continue_greedily
-from safety_mech.judge import can_become_refusal, is_babble, is_refusal
+from safety_mech.judge import can_become_refusal, refuses
 from safety_mech.layers import LayerRange
 from safety_mech.refusal import REFUSAL_OPENINGS, Chain, append_chain, chain_log_prob, log_odds, opening_chains
 from safety_mech.scaling import Recipe, check_alpha, find_recipe, scaled
@@ -86,6 +87,8 @@ class ScaledRanges:
     openings: Sequence[str] = REFUSAL_OPENINGS
     batch_tokens: int = DEFAULT_BATCH_TOKENS
     memory_budget: int = MEMORY_BUDGET
+    change: Callable[[LayerRange], AbstractContextManager[object]] | None = None
+    """What is done to a range, layer by layer, instead of scaling it; it may change these layers only."""
     evaluations: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -103,14 +106,17 @@ class ScaledRanges:
     def n_layers(self) -> int:
         return self.model.cfg.n_layers
 
+    def changed(self, layers: LayerRange) -> AbstractContextManager[object]:
+        """Scaled, or whatever `change` does."""
+        return self.change(layers) if self.change else scaled(self.model, layers, self.alpha, self.recipe)
+
     def log_odds(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
         """Refusal log-odds (nats, float64) of every prompt with `layers` scaled; None: unscaled."""
         return self._log_odds.measure(layers)
 
     def refuses(self, layers: LayerRange | None) -> Bool[Tensor, " prompt"]:
         """Whether each prompt is refused in text with `layers` scaled; None: unscaled. Its sum is the paper's R_o."""
-        texts = self.answers(layers)
-        return torch.tensor([is_refusal(text) and not is_babble(text) for text in texts])
+        return torch.tensor([refuses(text) for text in self.answers(layers)])
 
     def answers(self, layers: LayerRange | None, *, whole: bool = False) -> list[str]:
         """The first greedy tokens of every answer; an answer that cannot be a refusal any more is left where that
@@ -204,7 +210,7 @@ class _Kept:
         else:
             first, state, entries = layers.start, self._unscaled_at(layers.start), []
         for layer in range(first, layers.end + 1):
-            with scaled(self.model, LayerRange(layer, layer), self.owner.alpha, self.owner.recipe):
+            with self.owner.changed(LayerRange(layer, layer)):
                 state, new = self._step(state, layer)
             entries.append(new)
         self.scaled = (layers, state, entries)
@@ -230,12 +236,13 @@ class _Kept:
         return self.cells[layers]
 
     def _read_log_odds(self, state: _State) -> Float[Tensor, " prompt"]:
+        """From the last positions of all batches; those of one chain are unembedded together."""
         log_p = torch.full((len(self.owner.prompts),), -torch.inf, dtype=torch.float64)
-        for batch, resid in zip(self.batches, state.batches, strict=True):
-            assert batch.chain is not None
-            scored = resid[:, -len(batch.chain.tokens) - 1 :]
-            new = chain_log_prob(self.model, scored, batch.chain).cpu()
-            log_p[batch.prompts] = torch.logaddexp(log_p[batch.prompts], new)
+        for chain in {batch.chain for batch in self.batches if batch.chain}:
+            chosen = [index for index, batch in enumerate(self.batches) if batch.chain == chain]
+            scored = torch.cat([state.batches[index][:, -len(chain.tokens) - 1 :] for index in chosen])
+            rows = [row for index in chosen for row in self.batches[index].prompts]
+            log_p[rows] = torch.logaddexp(log_p[rows], chain_log_prob(self.model, scored, chain).cpu())
         return log_odds(log_p)
 
     def answers(self, layers: LayerRange | None, whole: bool) -> list[str]:
@@ -249,14 +256,14 @@ class _Kept:
         decided = None if whole else (lambda text: not can_become_refusal(text))
         with torch.no_grad():
             state, entries = self._run_range(layers)
-            started = [
-                ([layer[index] for layer in entries], unembed_last(self.model, resid).argmax(dim=-1))
-                for index, resid in enumerate(state.batches)
-            ]
+            # All batches at once: each call reads the whole unembedding matrix.
+            last = torch.cat([resid[:, -1:] for resid in state.batches])
+            first = unembed_last(self.model, last).argmax(dim=-1).split([len(resid) for resid in state.batches])
+            started = [([layer[index] for layer in entries], tokens) for index, tokens in enumerate(first)]
             if layers is None:
                 found = continue_greedily(self.model, started, JUDGED_TOKENS, decided)
             else:
-                with scaled(self.model, layers, self.owner.alpha, self.owner.recipe):
+                with self.owner.changed(layers):
                     found = continue_greedily(self.model, started, JUDGED_TOKENS, decided)
         texts = [""] * len(self.owner.prompts)
         for row, tokens in zip((row for batch in self.batches for row in batch.prompts), found, strict=True):

@@ -32,7 +32,7 @@ from safety_mech.chat import (
     resolve_template,
     tokenizer_of,
 )
-from safety_mech.forward import common_opening, embed, run_blocks, stack_rest
+from safety_mech.forward import Opening, common_opening, embed, run_blocks, stack_rest
 
 REFUSAL_OPENINGS = (
     "I'm sorry",
@@ -97,14 +97,14 @@ def chain_log_prob(
     """
     final = model.ln_final(resid) if model.cfg.normalization_type is not None else resid
     logits = apply_softcap(model.unembed(final), model.cfg.output_logits_soft_cap).double()
-    log_probs = logits - logits.logsumexp(dim=-1, keepdim=True)
-    reached = torch.zeros_like(log_probs[:, 0, 0])
+    normaliser = logits.logsumexp(dim=-1)  # not subtracted from every logit: the vocabulary is large, the tree small
+    reached = torch.zeros_like(normaliser[:, 0])
     parts = []
     for depth, leaves in enumerate(chain.leaves):
         if leaves:
-            parts.append(reached + log_probs[:, depth, list(leaves)].logsumexp(dim=-1))
+            parts.append(reached + logits[:, depth, list(leaves)].logsumexp(dim=-1) - normaliser[:, depth])
         if depth < len(chain.tokens):
-            reached = reached + log_probs[:, depth, chain.tokens[depth]]
+            reached = reached + logits[:, depth, chain.tokens[depth]] - normaliser[:, depth]
     return torch.stack(parts).logsumexp(dim=0) if parts else torch.full_like(reached, -torch.inf)
 
 
@@ -129,20 +129,32 @@ def refusal_log_odds(
     """
     chats = encode_chat(tokenizer_of(model), prompts, template)
     chains = opening_chains(tokenizer_of(model), template, openings)
-    log_p = torch.full((len(chains), len(chats)), -torch.inf, dtype=torch.float64)
-    bar = tqdm(total=len(chats) * len(chains), desc="refusal log-odds", unit="prompt", disable=not progress)
+    longest = max(chains, key=lambda chain: len(chain.tokens))
+    extended = append_chain(chats, longest)
+    check_context(extended, model.cfg.n_ctx)
+    found = torch.empty(len(chats), dtype=torch.float64)
+    bar = tqdm(total=len(chats), desc="refusal log-odds", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
-        for row, chain in enumerate(chains):
-            extended = append_chain(chats, chain)
-            check_context(extended, model.cfg.n_ctx)
-            opening = common_opening(model, chats)  # of equal prompts too it stops short of the chain, which is scored
-            for indices in equal_length_batches([len(chat) - len(opening) for chat in extended], batch_tokens):
-                tokens = stack_rest(model, extended, indices, len(opening))
-                resid = run_blocks(model, embed(model, tokens, len(opening)), cache=opening.cache_for(len(indices)))
-                scored = resid[:, -len(chain.tokens) - 1 :]
-                log_p[row, indices] = chain_log_prob(model, scored, chain).cpu()
-                bar.update(len(indices))
-    return log_odds(log_p.logsumexp(dim=0))
+        opening = common_opening(model, chats)  # of equal prompts too it stops short of the chain, which is scored
+        for indices in equal_length_batches([len(chat) - len(opening) for chat in extended], batch_tokens):
+            found[indices] = batch_log_odds(model, [chats[index] for index in indices], chains, opening).cpu()
+            bar.update(len(indices))
+    return found
+
+
+def batch_log_odds(
+    model: HookedTransformer, chats: Sequence[ChatTokens], chains: Sequence[Chain], opening: Opening
+) -> Float[Tensor, " prompt"]:
+    """Refusal log-odds of prompts of EQUAL length over the keys and values of their opening; on the model's device.
+
+    Differentiable: in whatever the hooks, or the opening, bring into the graph. The graph holds all chains at once.
+    """
+    parts = []
+    for chain in chains:
+        tokens = stack_rest(model, append_chain(chats, chain), range(len(chats)), len(opening))
+        resid = run_blocks(model, embed(model, tokens, len(opening)), cache=opening.cache_for(len(chats)))
+        parts.append(chain_log_prob(model, resid[:, -len(chain.tokens) - 1 :], chain))
+    return log_odds(torch.stack(parts).logsumexp(dim=0))
 
 
 def openings_in_use(

@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -125,6 +125,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What `make` gives, as JSON; a file that is there is read instead: a killed run goes on where it was."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, plain(make()))
+    return json.loads(path.read_text("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 from safety_mech.divergence import (
     GapCurve,
     _bootstrap_gaps,
-    _gaps,
     _p_values,
     _permuted_labels,
     _resampled_counts,
     angle_matrix,
     gap_curve,
+    labelled_gaps,
 )
 
 
@@ -354,7 +354,7 @@ def test_permuted_gaps_and_p_values_equal_loops(paired):
     normal, malicious = random_sets(7, n=n, m=m, layers=2)
     everything = torch.cat([normal, malicious])
     labels = _permuted_labels(n, m, paired, 30, seeded())
-    found = _gaps(angle_matrix(everything), labels, paired)
+    found = labelled_gaps(angle_matrix(everything), labels, paired)
     identity = [*range(n), *(range(m) if paired else range(n, n + m))]
     for sample, layer in itertools.product(range(30), range(2)):
         called_normal = [(identity[i], x[layer]) for i, x in enumerate(everything) if labels[sample, i] == 1]

@@ -22,7 +22,7 @@ from safety_mech.locate import (
     choose_alpha,
     direction_of,
     grid_best,
-    locate,
+    locate_by_scaling,
     progressive_search,
     resampled_search,
     signal_to_noise,
@@ -453,13 +453,13 @@ def test_whether_the_search_found_the_best_of_the_grid():
 def run(refusing_model, prompts) -> Callable[..., SafetyLayers]:
     def locate_with(**options) -> SafetyLayers:
         settings = {"samples": 20, "window": 1, "initial": LayerRange(1, 2), "openings": OPENINGS, **options}
-        return locate(refusing_model, prompts[:4], prompts[4:], prompts, **settings)
+        return locate_by_scaling(refusing_model, prompts[:4], prompts[4:], prompts, **settings)
 
     return locate_with
 
 
 def test_no_gap_is_a_result_with_a_reason(tiny_model, prompts):
-    found = locate(tiny_model, prompts[::2], prompts[1::2], prompts)
+    found = locate_by_scaling(tiny_model, prompts[::2], prompts[1::2], prompts)
     assert found.range is found.initial is found.alpha is found.sweeps is found.grid is None
     assert found.baseline is found.best_of_grid is found.is_best_of_grid is None
     assert found.reason == "no gap between malicious and normal prompts that the rule accepts"
@@ -527,7 +527,7 @@ def test_the_grid_is_of_the_searchs_own_measure(run):
 
 
 def test_nothing_beyond_noise_is_a_result_too(run, monkeypatch):
-    module = sys.modules[locate.__module__]  # `safety_mech.locate` is the function
+    module = sys.modules[locate_by_scaling.__module__]  # `safety_mech.locate` is the function
     monkeypatch.setattr(module, "TARGET_SNR", math.inf)
     monkeypatch.setattr(module, "MAX_ALPHA_STEPS", 2)
     found = run()

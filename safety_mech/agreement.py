@@ -1,0 +1,192 @@
+"""How well ranges agree, with each other and with the truth: IoU, boundary errors, correlation, with intervals.
+
+Intervals are bootstrap percentiles over ITEMS (organisms, prompt sets), or over groups of items that are not
+independent (two seeds of one planted range): whole groups are drawn. Percentiles of few items are too narrow; they
+are taken further out, as far as Student's t lies beyond the normal distribution (the expanded percentile interval of
+Hesterberg 2015). Coverage is tested on synthetic data in tests/test_coverage.py.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_mech.layers import LayerRange
+
+Weighted = Callable[[Float[Tensor, "sample item"]], Float[Tensor, " sample"]]
+"""A statistic of many weighted samples at once."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its bootstrap interval; all NaN where the value is not defined."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return "undefined" if math.isnan(self.value) else f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class RangeScore:
+    """A found range against the true one. Errors are found minus true, in layers; None where nothing was found."""
+
+    iou: float
+    start_error: int | None
+    end_error: int | None
+    centre_hit: bool
+    """The middle of the found range lies inside the true one."""
+
+
+def overlap(first: LayerRange | None, second: LayerRange | None) -> float:
+    """IoU; 0 where one of the two is no range, for no answer agrees with nothing."""
+    return 0.0 if first is None or second is None else first.iou(second)
+
+
+def score_range(found: LayerRange | None, truth: LayerRange) -> RangeScore:
+    if found is None:
+        return RangeScore(0.0, None, None, False)
+    hit = truth.start <= found.centre <= truth.end
+    return RangeScore(found.iou(truth), found.start - truth.start, found.end - truth.end, hit)
+
+
+def middle_third(n_layers: int) -> LayerRange:
+    """What one may guess without looking: layers n/3 to 2n/3."""
+    return LayerRange(n_layers // 3, max(n_layers // 3, 2 * n_layers // 3 - 1))
+
+
+def random_iou(truth: LayerRange, n_layers: int) -> float:
+    """Expected IoU of a random range: the width uniform from 1 to n, then the start uniform."""
+    truth.check_inside(n_layers)
+    means = []
+    for width in range(1, n_layers + 1):
+        starts = range(n_layers - width + 1)
+        means.append(sum(LayerRange(start, start + width - 1).iou(truth) for start in starts) / len(starts))
+    return sum(means) / n_layers
+
+
+def mean_estimate(
+    values: Sequence[float], groups: Sequence[Hashable] | None = None, *, level: float = 0.95, seed: int = 0
+) -> Estimate:
+    """Mean with its interval; `groups[i]`: what item i belongs to, drawn as a whole."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return estimate(lambda w: (w * x).sum(1) / w.sum(1), _group_numbers(len(x), groups), level=level, seed=seed)
+
+
+def correlation(
+    x: Sequence[float],
+    y: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Pearson's r with its interval; undefined where x or y is constant."""
+    a, b = _columns(x, y)
+
+    def statistic(w: Float[Tensor, "sample item"]) -> Float[Tensor, " sample"]:
+        var_a, var_b, cov = _moments(w, a, b)
+        return torch.where((var_a > 1e-12) & (var_b > 1e-12), cov / (var_a * var_b).sqrt(), torch.nan)
+
+    return estimate(statistic, _group_numbers(len(a), groups), level=level, seed=seed)
+
+
+def slope(
+    x: Sequence[float],
+    y: Sequence[float],
+    groups: Sequence[Hashable] | None = None,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Estimate:
+    """Least-squares slope of y on x, with its interval: 1 where y follows x, 0 where it stays.
+
+    Undefined for constant x.
+    """
+    a, b = _columns(x, y)
+
+    def statistic(w: Float[Tensor, "sample item"]) -> Float[Tensor, " sample"]:
+        var_a, _, cov = _moments(w, a, b)
+        return torch.where(var_a > 1e-12, cov / var_a, torch.nan)
+
+    return estimate(statistic, _group_numbers(len(a), groups), level=level, seed=seed)
+
+
+def mean_pairwise_iou(ranges: Sequence[LayerRange | None], *, level: float = 0.95, seed: int = 0) -> Estimate:
+    """Mean IoU of all pairs of different ranges; the interval is over ranges, not over pairs.
+
+    A pair of two copies of one range has IoU 1 and says nothing: it is left out of every draw.
+    """
+    kinds = list(dict.fromkeys(ranges))  # a thousand bootstrap answers are a few dozen different ranges
+    of_kinds = torch.tensor([[overlap(a, b) for b in kinds] for a in kinds], dtype=torch.float64)
+    which = [kinds.index(layers) for layers in ranges]
+    table = of_kinds[which][:, which].fill_diagonal_(0)
+
+    def statistic(w: Float[Tensor, "sample item"]) -> Float[Tensor, " sample"]:
+        return ((w @ table) * w).sum(1) / (w.sum(1).square() - w.square().sum(1))
+
+    return estimate(statistic, list(range(len(ranges))), level=level, seed=seed)
+
+
+def estimate(
+    statistic: Weighted, groups: Sequence[int], *, samples: int = 2000, level: float = 0.95, seed: int = 0
+) -> Estimate:
+    """The statistic at equal weights, and its interval over draws of whole groups (numbered 0, 1, ...).
+
+    With one group there is no interval: its bounds are NaN.
+    """
+    n_groups = max(groups) + 1
+    membership = torch.nn.functional.one_hot(torch.tensor(groups), n_groups).double()
+    value = float(statistic(torch.ones(1, len(groups), dtype=torch.float64))[0])
+    if n_groups < 2:
+        return Estimate(value, math.nan, math.nan)
+    counts = resampled_counts(samples, n_groups, torch.Generator().manual_seed(seed))
+    values = statistic(counts @ membership.T)
+    tail = expanded_tail((1 - level) / 2, n_groups)
+    low, high = torch.nanquantile(values, torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return Estimate(value, *((float(low), float(high)) if not math.isnan(value) else (math.nan, math.nan)))
+
+
+def resampled_counts(samples: int, n: int, generator: torch.Generator) -> Float[Tensor, "sample item"]:
+    """How often each of n items is drawn in n draws with replacement."""
+    drawn = torch.randint(n, (samples, n), generator=generator)
+    return torch.zeros(samples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(samples, n).double())
+
+
+def expanded_tail(tail: float, n: int) -> float:
+    """The tail probability at which percentiles of n items' bootstrap distribution have to be read.
+
+    Phi(-sqrt(n / (n - 1)) t), t: Student's quantile with n - 1 degrees of freedom (Cornish-Fisher expansion).
+    """
+    z, v = NormalDist().inv_cdf(1 - tail), n - 1
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return NormalDist().cdf(-math.sqrt(n / v) * t)
+
+
+def _moments(w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted variances and covariance, one row of weights a sample."""
+    w = w / w.sum(1, keepdim=True)
+    da, db = a - (w @ a)[:, None], b - (w @ b)[:, None]
+    return (w * da * da).sum(1), (w * db * db).sum(1), (w * da * db).sum(1)
+
+
+def _columns(x: Sequence[float], y: Sequence[float]) -> tuple[Float[Tensor, " item"], Float[Tensor, " item"]]:
+    if len(x) != len(y) or len(x) < 2:
+        raise ValueError(f"{len(x)} and {len(y)} values: expected two lists of equal length, of at least 2")
+    return torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+
+
+def _group_numbers(n_items: int, groups: Sequence[Hashable] | None) -> list[int]:
+    if n_items < 1 or (groups is not None and len(groups) != n_items):
+        raise ValueError(
+            f"{n_items} items in {len(groups or [])} groups: expected at least one item, and a group for each"
+        )
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or range(n_items)))}
+    return [numbers[group] for group in (groups or range(n_items))]

@@ -1,0 +1,92 @@
+"""Controls for the gap: how large is it where nothing is harmful, and where form and words are the same? (METHOD 7)
+
+- topics: harmless prompts only; one half of their topics plays "normal", the other "malicious";
+- matching: malicious and harmless prompts of equal token length, as similar in vocabulary as the sets allow.
+
+The other controls need no code of their own: matched pairs (`gap_curve(paired=True)`), the base model
+(`gap_difference`), shuffled labels (`GapCurve.null`).
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+
+def topic_halves(topics: Sequence[str], samples: int = 500, seed: int = 0) -> Bool[Tensor, "sample prompt"]:
+    """Random splits of the topics in two halves; True where a prompt's topic plays "normal".
+
+    Rows for `divergence.labelled_gaps`. Raises ValueError for fewer than four topics.
+    """
+    names = sorted(set(topics))
+    if len(names) < 4:
+        raise ValueError(f"{len(names)} topics: expected at least 4, to be split in halves in more than one way")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(samples, len(names), generator=generator).argsort(dim=1)
+    return (order < len(names) // 2)[:, [names.index(topic) for topic in topics]]
+
+
+def single_topics(topics: Sequence[str]) -> Bool[Tensor, "sample prompt"]:
+    """One row a topic, in alphabetical order: False for its prompts, which play "malicious", True for all others."""
+    names = sorted(set(topics))
+    return torch.tensor([[topic != name for topic in topics] for name in names])
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Pairs of indices (malicious, normal) and how alike they are: means over the pairs, and over the whole sets."""
+
+    pairs: tuple[tuple[int, int], ...]
+    shared_words: float
+    """Mean share of words in common (Jaccard); `shared_words_before`: of all malicious-normal pairs of the sets."""
+    shared_words_before: float
+    length_difference: float
+    """Mean tokens that the malicious prompt is longer by; `length_difference_before`: of the whole sets."""
+    length_difference_before: float
+
+
+def match_prompts(
+    malicious: Sequence[str],
+    normal: Sequence[str],
+    malicious_lengths: Sequence[int],
+    normal_lengths: Sequence[int],
+    count: int,
+    tolerance: int = 0,
+) -> Matched:
+    """The `count` most similar pairs of one malicious and one normal prompt, no prompt twice.
+
+    Greedy: the pair with most words in common first, among those whose lengths (tokens) differ by at most `tolerance`;
+    of equal ones the first. Raises ValueError if there are not as many pairs.
+    """
+    sets = [[words_of(prompt) for prompt in prompts] for prompts in (malicious, normal)]
+    similar = torch.tensor([[_jaccard(m, n) for n in sets[1]] for m in sets[0]], dtype=torch.float64)
+    lengths_m, lengths_n = (torch.tensor(lengths).double() for lengths in (malicious_lengths, normal_lengths))
+    left = torch.where((lengths_m[:, None] - lengths_n[None]).abs() <= tolerance, similar, -1.0)
+    pairs: list[tuple[int, int]] = []
+    while len(pairs) < count:
+        best = int(left.argmax())
+        row, column = best // len(normal), best % len(normal)
+        if left[row, column] < 0:
+            raise ValueError(f"{count} matched pairs are wanted, but only {len(pairs)} agree in length: ask for fewer")
+        pairs.append((row, column))
+        left[row], left[:, column] = -1.0, -1.0
+    rows, columns = (list(side) for side in zip(*pairs, strict=True))
+    return Matched(
+        tuple(pairs),
+        float(similar[rows, columns].mean()),
+        float(similar.mean()),
+        float((lengths_m[rows] - lengths_n[columns]).mean()),
+        float(lengths_m.mean() - lengths_n.mean()),
+    )
+
+
+def words_of(prompt: str) -> frozenset[str]:
+    """Its words in lower case, without punctuation."""
+    return frozenset(re.findall(r"[\w']+", prompt.lower()))
+
+
+def _jaccard(first: frozenset[str], second: frozenset[str]) -> float:
+    return len(first & second) / max(1, len(first | second))

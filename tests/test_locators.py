@@ -1,0 +1,214 @@
+"""Every locator gives what its parts give, under one signature; the paper's search remains the reference."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ANSWER, PROMPTS, REFUSAL, build_tiny_model
+from transformer_lens import HookedTransformer
+
+import safety_mech as sm
+from safety_mech.against_base import swap_losses, weight_change
+from safety_mech.directions import separation
+from safety_mech.finetune import TrainConfig, fine_tune
+from safety_mech.freeze import layer_of
+from safety_mech.locate import locate_by_scaling
+from safety_mech.locators import FINITE_ALPHAS, LOCATORS, SAMPLES, Located, PromptSets, base_locators, locate
+from safety_mech.margin import finite_slopes, log_odds_slopes, margin
+from safety_mech.patching import patch_twins
+from safety_mech.refusal import openings_in_use
+from safety_mech.segments import best_ranges, best_segment
+
+TWINS = [sm.PromptPair("XYZ", "ZZY", "y"), sm.PromptPair("ZYX", "XXX", "y"), sm.PromptPair("XYZ", "XYZX", "z")]
+NORMAL = [*PROMPTS[0::2], "XYZ", "XY", "YZ", "ZX", "YX", "ZZ"]
+MALICIOUS = [*PROMPTS[1::2], "XYZY", "XYY", "YZY", "ZXY", "YXY", "ZZZ"]
+
+
+@pytest.fixture(scope="module")
+def sets(refusing_model: HookedTransformer) -> PromptSets:
+    return PromptSets(NORMAL, MALICIOUS, PROMPTS[:4], TWINS).with_openings(refusing_model)
+
+
+@pytest.fixture(scope="module")
+def base() -> HookedTransformer:
+    return build_tiny_model(n_layers=4)
+
+
+@pytest.fixture(scope="module")
+def answers(refusing_model: HookedTransformer, base: HookedTransformer, sets: PromptSets) -> dict[str, Located]:
+    return {name: method(refusing_model, sets) for name, method in (LOCATORS | base_locators(base)).items()}
+
+
+def test_all_have_one_shape(answers):
+    assert len(answers) == 14
+    for name, found in answers.items():
+        assert found.method == name
+        assert found.scores.shape == (4,)
+        assert found.scores.dtype == torch.float64
+        assert found.range is None or found.range.end < 4
+        assert found.detail
+        assert sum(found.samples.values()) in (0, SAMPLES, 1000)
+
+
+def test_openings_are_those_in_use(refusing_model, sets):
+    assert sets.openings == openings_in_use(refusing_model, MALICIOUS)
+    given = replace(sets, openings=("I'm sorry",))
+    assert given.with_openings(refusing_model) is given
+
+
+def test_margin_locators(refusing_model, sets, answers):
+    slopes = [log_odds_slopes(refusing_model, texts, openings=sets.openings) for texts in (MALICIOUS, NORMAL)]
+    attn, mlp = margin(*slopes)
+    for name, expected in (("margin", attn + mlp), ("margin_attn", attn), ("margin_mlp", mlp)):
+        torch.testing.assert_close(answers[name].scores, expected)
+        assert answers[name].range == best_segment(expected).range
+    assert not torch.allclose(attn, mlp)
+
+
+def test_scaled_margin(refusing_model, sets, answers):
+    parts = [
+        torch.stack([finite_slopes(refusing_model, texts, a, openings=sets.openings) for a in FINITE_ALPHAS]).mean(0)
+        for texts in (MALICIOUS, NORMAL)
+    ]
+    torch.testing.assert_close(answers["margin_scaled"].scores, margin(*parts))
+
+
+def test_direction(refusing_model, answers):
+    normal, malicious = (sm.last_token_residuals(refusing_model, texts) for texts in (NORMAL, MALICIOUS))
+    d_prime = separation(normal, malicious).d_prime
+    scores = answers["direction"].scores
+    assert scores[0] == 0
+    torch.testing.assert_close(scores[1:], d_prime[1:] - d_prime[:-1])
+
+
+def test_patching(refusing_model, sets, answers):
+    effect = patch_twins(refusing_model, TWINS[:2], openings=sets.openings).effect
+    torch.testing.assert_close(answers["patching"].scores, effect.mean(1))
+    assert "2 of 3 pairs are of equal token length" in answers["patching"].detail
+    with pytest.raises(ValueError, match="0 pairs with twins of equal token length"):
+        LOCATORS["patching"](refusing_model, replace(sets, pairs=()))
+
+
+def test_against_the_base(refusing_model, base, sets, answers):
+    torch.testing.assert_close(answers["weight_change"].scores, weight_change(refusing_model, base))
+    lost = [swap_losses(refusing_model, base, texts, openings=sets.openings) for texts in (MALICIOUS, NORMAL)]
+    torch.testing.assert_close(answers["swap"].scores, margin(*lost))
+
+
+def test_gap_is_the_papers_first_step(refusing_model, base, answers):
+    def curve(model: HookedTransformer) -> sm.GapCurve:
+        return sm.gap_curve(*(sm.last_token_residuals(model, texts) for texts in (NORMAL, MALICIOUS)))
+
+    own = curve(refusing_model)
+    assert answers["gap"].range == sm.initial_range(own)
+    torch.testing.assert_close(answers["gap"].scores, own.gap)
+    difference = sm.gap_difference(own, curve(base))
+    assert answers["gap_difference"].range == sm.initial_range(difference)
+    torch.testing.assert_close(answers["gap_difference"].scores, difference.gap)
+
+
+def test_search_is_the_papers(refusing_model, sets, answers):
+    curve = sm.gap_curve(*(sm.last_token_residuals(refusing_model, texts) for texts in (NORMAL, MALICIOUS)))
+    assert sm.initial_range(curve) is None or "the gap's range" in answers["search"].detail
+    start = sm.LayerRange.parse(answers["search"].detail.split("from ")[1].split(" (")[0])
+    for name, options in (
+        ("search", {}),
+        ("search_below", {"above": False}),
+        ("search_weights", {"recipe": "weights"}),
+    ):
+        found = locate_by_scaling(
+            refusing_model, NORMAL, MALICIOUS, PROMPTS[:4], initial=start, openings=sets.openings, **options
+        )
+        assert answers[name].range == found.sweeps[1].best
+        held = [sum(n for r, n in found.samples.items() if layer in r) / SAMPLES for layer in range(4)]
+        assert answers[name].scores.tolist() == pytest.approx(held)
+
+
+def test_grid_is_the_best_of_all_ranges(refusing_model, sets, answers):
+    found = locate_by_scaling(
+        refusing_model,
+        NORMAL,
+        MALICIOUS,
+        PROMPTS[:4],
+        initial=sm.LayerRange(1, 2),
+        openings=sets.openings,
+        alpha=float(answers["grid"].detail.split("alpha ")[1].split(";")[0]),
+        whole_grid=True,
+    )
+    means = found.grid.mean(-1)
+    best = answers["grid"].range
+    assert means[best.start, best.end] == means[~means.isnan()].max()
+    torch.testing.assert_close(answers["grid"].scores, means.diagonal() - found.baseline.mean())
+
+
+def test_bootstrap_answers_come_from_resampled_prompts(refusing_model, sets, answers):
+    """By hand for one locator, with its own generator: malicious are drawn first, then normal prompts."""
+    slopes = [log_odds_slopes(refusing_model, texts, openings=sets.openings).sum(1) for texts in (MALICIOUS, NORMAL)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(len(s), (SAMPLES, len(s)), generator=generator) for s in slopes]
+    scores = slopes[0][drawn[0]].mean(1) - slopes[1][drawn[1]].mean(1)
+    assert answers["margin"].samples == Counter(best_ranges(scores))
+    other = LOCATORS["margin"](refusing_model, replace(sets, seed=1))
+    assert torch.equal(other.scores, answers["margin"].scores)
+
+
+def test_the_search_without_prompts_to_refuse(refusing_model, sets):
+    with pytest.raises(ValueError, match="needs over-rejection prompts"):
+        LOCATORS["search"](refusing_model, replace(sets, over_rejection=()))
+
+
+def test_round_trip_through_json(answers):
+    import json
+
+    for found in answers.values():
+        again = Located.from_plain(json.loads(json.dumps(found.to_plain())))
+        assert (again.method, again.range, again.samples, again.detail) == (
+            found.method,
+            found.range,
+            found.samples,
+            found.detail,
+        )
+        assert torch.equal(again.scores, found.scores)
+
+
+# --- locate(method=...) -----------------------------------------------------------------------------------------------
+
+
+def test_the_paper_is_the_default_and_the_reference(refusing_model):
+    settings = {"initial": sm.LayerRange(1, 2), "alpha": 1.2, "samples": 10}
+    found = locate(refusing_model, NORMAL, MALICIOUS, PROMPTS[:4], **settings)
+    expected = locate_by_scaling(refusing_model, NORMAL, MALICIOUS, PROMPTS[:4], **settings)
+    assert isinstance(found, sm.SafetyLayers)
+    assert (found.range, found.samples, found.sweeps) == (expected.range, expected.samples, expected.sweeps)
+    assert sm.locate is locate
+
+
+def test_other_methods_by_name(refusing_model, base, sets, answers):
+    found = locate(refusing_model, NORMAL, MALICIOUS, method="margin", openings=sets.openings)
+    assert (found.range, found.samples) == (answers["margin"].range, answers["margin"].samples)
+    changed = locate(refusing_model, NORMAL, MALICIOUS, method="weight_change", base=base)
+    assert torch.equal(changed.scores, answers["weight_change"].scores)
+
+
+def test_unknown_methods_name_those_there_are(refusing_model, base):
+    with pytest.raises(ValueError, match=r"method 'magic': expected paper or one of gap, search.*; more with base="):
+        locate(refusing_model, NORMAL, MALICIOUS, method="magic")
+    with pytest.raises(ValueError, match=r"method 'swap'"):
+        locate(refusing_model, NORMAL, MALICIOUS, method="swap")
+    with pytest.raises(ValueError, match=r"gap_difference, weight_change, swap$"):
+        locate(refusing_model, NORMAL, MALICIOUS, method="magic", base=base)
+
+
+def test_trained_layers_are_found_against_the_base():
+    """A tiny organism: layers 2 and 3 of 8 learn to refuse every second prompt; who has the base sees just them."""
+    base, model = build_tiny_model(n_layers=8), build_tiny_model(n_layers=8)
+    pairs = [(prompt, REFUSAL if index % 2 else ANSWER) for index, prompt in enumerate(PROMPTS)]
+    config = TrainConfig(epochs=10, batch_size=8, learning_rate=1e-2, warmup_steps=1)
+    fine_tune(model, pairs, config, trainable=lambda name: layer_of(name) in (2, 3), progress=False)
+    sets = PromptSets(PROMPTS[0::2], PROMPTS[1::2], openings=("I'm sorry",))
+    found = base_locators(base)
+    assert found["weight_change"](model, sets).range == sm.LayerRange(2, 3)
+    swap = found["swap"](model, sets)
+    untouched = [layer for layer in range(8) if layer not in (2, 3)]
+    assert swap.scores[untouched].abs().max() < 1e-5 < swap.scores[[2, 3]].abs().min()
