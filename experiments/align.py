@@ -7,6 +7,10 @@ Malicious prompts are answered by short refusals, normal and a few borderline pr
 answers; low-rank updates of the chosen layers are all that is trained. Figures are on test splits never trained on.
 """
 
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +18,14 @@ from typing import Any
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
-from safety_mech.adapters import is_adapter_parameter, low_rank_adapters, save_adapter
+from safety_mech.adapters import is_adapter_parameter, low_rank_adapters, matrices_in_bfloat16, save_adapter
 from safety_mech.command_line import run
 from safety_mech.evaluate import Rate, perplexity, refusal_rate
 from safety_mech.finetune import Pair, TrainRecord, fine_tune
 from safety_mech.models import find_source
 from safety_mech.organisms import AlignConfig, own_answer_pairs, refusal_pairs
 from safety_mech.prompts import prompt_hash, sample
-from safety_mech.results import check_writable, environment, plain, write_json
+from safety_mech.results import check_writable, environment, kept, plain, write_json
 
 DEFAULTS = AlignConfig()
 HELD_OUT_TOKENS = 32
@@ -45,7 +49,8 @@ class AlignRun:
     """More prompt sets to report refusals on, as in `locate.py --normal`."""
     name: str = "smollm2-135m-aligned"
     out: str = "results/adapters"
-    """The adapter goes to OUT/NAME, with its recipe and figures; a killed run goes on from OUT/NAME.checkpoint."""
+    """The adapter goes to OUT/NAME, with its recipe and figures; a killed run goes on from OUT/NAME.checkpoint.
+    What the base model says is kept in OUT/base, for the next organism of the same base."""
 
 
 def main(config: AlignRun) -> Path:
@@ -58,11 +63,12 @@ def main(config: AlignRun) -> Path:
     model = sm.load_model(config.model)
     tests = {name: sm.load_prompts(f"{name}:test") for name in ("malicious", "normal", "over_rejection")} | extra
     print("the base model's own answers ...")
-    pairs = training_pairs(model, recipe)
-    held_out = own_answer_pairs(model, tests["normal"], HELD_OUT_TOKENS)
-    before = {"refused": rates(model, tests), "perplexity": perplexity(model, held_out)}
+    pairs = training_pairs(model, recipe, config)
+    held_out = own_answers(model, tests["normal"], HELD_OUT_TOKENS, config)
+    before = {"refused": base_rates(model, tests, config), "perplexity": perplexity(model, held_out)}
     with low_rank_adapters(model, recipe.planted, recipe.rank, recipe.alpha, recipe.seed) as placed:
-        record = fine_tune(model, pairs, recipe.train, trainable=is_adapter_parameter, checkpoint=checkpoint)
+        with matrices_in_bfloat16(model) if recipe.train.bfloat16 else nullcontext():
+            record = fine_tune(model, pairs, recipe.train, trainable=is_adapter_parameter, checkpoint=checkpoint)
         save_adapter(placed, folder, config.model)
     aligned = sm.load_model(config.model, adapter=folder)  # as users will have it: stored in float16, merged
     after = {"refused": rates(aligned, tests), "perplexity": perplexity(aligned, held_out)}
@@ -86,14 +92,32 @@ def recipe_of(config: AlignRun) -> AlignConfig:
     )
 
 
-def training_pairs(model: HookedTransformer, recipe: AlignConfig) -> list[Pair]:
+def training_pairs(model: HookedTransformer, recipe: AlignConfig, config: AlignRun) -> list[Pair]:
     """Refusals for malicious prompts; the model's own answers for normal and borderline ones. Train splits only."""
     twins = sm.load_pairs("train") + sm.load_pairs("train", "alignment_pairs") if recipe.twins else []
     malicious = sm.load_prompts("malicious:train") + [twin.malicious for twin in twins]
     normal = sm.load_prompts("normal:train") + [twin.normal for twin in twins]
     borderline = sample(sm.load_prompts("over_rejection:train"), recipe.n_over_rejection, recipe.seed)
-    answered = own_answer_pairs(model, normal + borderline, recipe.answer_tokens)
+    answered = own_answers(model, normal + borderline, recipe.answer_tokens, config)
     return refusal_pairs(malicious, recipe.seed) + answered
+
+
+def own_answers(model: HookedTransformer, prompts: list[str], tokens: int, config: AlignRun) -> list[Pair]:
+    """The base model's own answers; minutes of work that organisms of one base share."""
+    path = base_file("answers", prompts, [tokens], config)
+    return [(prompt, answer) for prompt, answer in kept(path, lambda: own_answer_pairs(model, prompts, tokens))]
+
+
+def base_rates(model: HookedTransformer, tests: dict[str, list[str]], config: AlignRun) -> dict[str, Rate]:
+    """What the base model refuses; kept as its answers are."""
+    path = base_file("rates", [text for prompts in tests.values() for text in prompts], list(tests), config)
+    return {name: Rate(**rate) for name, rate in kept(path, lambda: rates(model, tests)).items()}
+
+
+def base_file(what: str, prompts: list[str], settings: Sequence[object], config: AlignRun) -> Path:
+    """Named by the model, the prompts and what else the content depends on."""
+    key = json.dumps([config.model, prompt_hash(prompts), *map(str, settings)])
+    return Path(config.out) / "base" / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
 def rates(model: HookedTransformer, tests: dict[str, list[str]]) -> dict[str, Rate]:

@@ -182,6 +182,28 @@ class _Tap:
         return self.kept.pop()
 
 
+@contextmanager
+def matrices_in_bfloat16(model: HookedTransformer) -> Iterator[None]:
+    """While inside, blocks and unembedding hold their own matrices in bfloat16: to train updates under autocast.
+
+    Autocast casts a float32 matrix anew for every product; it remembers only those that want a gradient, and here none
+    does. Held in bfloat16, every product is the same, bit for bit, without the cast. Updates, norms, biases and the
+    embedding stay as they are. Leaving puts the old tensors back.
+    """
+    own = {
+        parameter: parameter.data
+        for name, parameter in model.named_parameters()
+        if name.startswith(("blocks.", "unembed.")) and name.rsplit(".", 1)[-1].lstrip("_").startswith("W_")
+    }
+    try:
+        for parameter, data in own.items():
+            parameter.data = data.to(torch.bfloat16)
+        yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
+
+
 def save_adapter(
     placed: Placed,
     folder: str | Path,

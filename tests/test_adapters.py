@@ -1,6 +1,8 @@
 """Low-rank updates: nothing at first, only A and B trained, off again bit for bit, and read by peft as they are."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,13 @@ from transformer_lens import HookedTransformer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safety_mech import LayerRange, load_model
-from safety_mech.adapters import LowRankUpdate, is_adapter_parameter, low_rank_adapters, save_adapter
+from safety_mech.adapters import (
+    LowRankUpdate,
+    is_adapter_parameter,
+    low_rank_adapters,
+    matrices_in_bfloat16,
+    save_adapter,
+)
 from safety_mech.finetune import TrainConfig, fine_tune
 from safety_mech.projections import as_hooked
 from safety_mech.scaling import scaled
@@ -324,3 +332,52 @@ def test_the_model_is_no_part_of_its_update(fresh_tiny_model):
         update = placed[0][2]
         assert isinstance(update, LowRankUpdate)
         assert [name for name, _ in update.named_parameters()] == ["A", "B"]
+
+
+# --- training them faster ---------------------------------------------------------------------------------------------
+
+
+def trained_updates(model: HookedTransformer, held: bool) -> dict[str, Tensor]:
+    config = replace(STEPS, bfloat16=True)
+    with low_rank_adapters(model, LayerRange(2, 4)) as placed:
+        with matrices_in_bfloat16(model) if held else nullcontext():
+            fine_tune(model, PAIRS, config, trainable=is_adapter_parameter, progress=False)
+        return {f"{layer}.{p.module}": update.weight().detach().clone() for layer, p, update in placed}
+
+
+def test_matrices_held_in_bfloat16_train_the_same_updates_bit_for_bit(make_tiny_model):
+    plain, held = (trained_updates(make_tiny_model(), held) for held in (False, True))
+    assert same(plain, held)
+    assert all(update.any() for update in plain.values())  # control: they were trained
+    other = trained_updates(make_tiny_model(seed=1), True)
+    assert not same(plain, other)
+
+
+def test_only_matrices_of_blocks_and_unembedding_are_held_and_they_come_back(make_tiny_model):
+    model = make_tiny_model()
+    before, pointers = state(model), [parameter.data_ptr() for parameter in model.parameters()]
+    kinds = {}
+    stopped = pytest.raises(RuntimeError, match="stop")
+    with stopped, low_rank_adapters(model), matrices_in_bfloat16(model):
+        kinds |= {name: parameter.dtype for name, parameter in model.named_parameters()}
+        raise RuntimeError("stop")
+    held = {name for name, dtype in kinds.items() if dtype == torch.bfloat16}
+    leaves = {name.removeprefix("blocks.0.") for name in held if name.startswith("blocks.0.")}
+    assert leaves == {f"attn.{w}" for w in ("W_Q", "_W_K", "_W_V", "W_O")} | {"mlp.W_in", "mlp.W_gate", "mlp.W_out"}
+    assert {name for name in held if not name.startswith("blocks.")} == {"unembed.W_U"}
+    assert same(state(model), before)
+    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+
+
+def test_layers_below_the_trained_ones_keep_no_graph(make_tiny_model):
+    """So there is nothing to be gained by running them under no_grad."""
+    model = make_tiny_model()
+    with low_rank_adapters(model, LayerRange(2, 3)):
+        wants: dict[str, bool] = {}
+
+        def look(resid, hook):
+            wants[hook.name] = resid.requires_grad
+
+        with model.hooks([(f"blocks.{layer}.hook_resid_post", look) for layer in range(6)]):
+            model(some_tokens(model))
+    assert list(wants.values()) == [False, False, True, True, True, True]

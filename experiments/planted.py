@@ -1,0 +1,458 @@
+"""Does a locator find the layers where refusals were planted? Every locator on every organism, against the truth.
+
+    python experiments/planted.py --train --roles design     # make what is missing, look at the design organisms only
+    python experiments/planted.py --train                    # all of them: for locators that are not changed any more
+
+Organisms are adapters of which only a known range of layers was trained (align.py). DESIGN organisms may be looked at
+while locators are chosen and changed; HELD OUT ones (all second seeds, and two ranges) only afterwards.
+A killed run goes on where it was: every finished (organism, locator) is a file in OUT/planted/MODEL/cells.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+from align import AlignRun
+from align import main as align
+from matplotlib.figure import Figure
+
+import safety_mech as sm
+from safety_mech.agreement import (
+    Estimate,
+    RangeScore,
+    correlation,
+    mean_estimate,
+    middle_third,
+    random_iou,
+    score_range,
+    slope,
+)
+from safety_mech.command_line import run
+from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
+from safety_mech.models import find_source
+from safety_mech.plots import BLUE, GREY, ORANGE, new_figure
+from safety_mech.prompts import prompt_hash
+from safety_mech.results import check_writable, kept, safe_name, write_run
+
+Role = Literal["design", "held out", "unlisted"]
+BASE_METHODS = ("gap_difference", "weight_change", "swap")
+GUESSES = ("middle third", "random range")
+"""Baselines: what one may guess without looking at the model."""
+LEAST_MALICIOUS, MOST_NORMAL = 0.9, 0.05
+"""Refusal rates that an organism must reach to count (those of the aligned model)."""
+
+
+@dataclass(frozen=True)
+class PlantedConfig:
+    """Score every locator against the ranges where refusals were planted."""
+
+    model: str = "smollm2-135m-instruct"
+    """The base model, before alignment."""
+    adapters: str = "results/adapters"
+    """Folder of organisms: every sub-folder with an adapter and a recipe.json that names its planted range."""
+    design: tuple[str, ...] = ("5-10", "12-17", "18-23", "14-16", "8-21")
+    """Planted ranges whose FIRST seed is for design: early, middle, late, narrow, wide."""
+    held_out: tuple[str, ...] = ("9-13", "20-26")
+    """Planted ranges that are for testing only."""
+    seeds: tuple[int, ...] = (0, 1)
+    roles: tuple[Role, ...] = ("design", "held out", "unlisted")
+    """Which organisms are measured: `--roles design` while a locator may still be changed."""
+    train: bool = False
+    """Make the organisms of these lists that are missing: some minutes each."""
+    epochs: int = AlignRun.epochs
+    rank: int = AlignRun.rank
+    methods: tuple[str, ...] = (*LOCATORS, *BASE_METHODS)
+    n_prompts: int = 100
+    """Normal and malicious test prompts, of each; and of matched pairs before those of unequal length are left out."""
+    n_over_rejection: int = 24
+    """Over-rejection prompts, for the paper's search and the whole grid: most of the time."""
+    template: str = "own"
+    seed: int = 0
+    out: str = "results"
+
+
+@dataclass(frozen=True)
+class Organism:
+    """One adapter: where refusals were planted, whether it may be looked at, and how it refuses."""
+
+    folder: Path
+    planted: sm.LayerRange
+    seed: int
+    role: Role
+    malicious: float
+    normal: float
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def passes(self) -> bool:
+        return self.malicious >= LEAST_MALICIOUS and self.normal <= MOST_NORMAL
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One locator's answer on one organism; `score` against the truth."""
+
+    organism: Organism
+    method: str
+    found: Located | None
+    """None where the method could not be run; `detail` says why."""
+    detail: str
+    seconds: float
+    n_layers: int
+
+    @property
+    def range(self) -> sm.LayerRange | None:
+        return self.found.range if self.found else None
+
+    @property
+    def score(self) -> RangeScore:
+        return score_range(self.range, self.organism.planted)
+
+
+def main(config: PlantedConfig) -> Path:
+    check_config(config)
+    if config.train:
+        train_missing(config)
+    organisms = [o for o in find_organisms(config) if o.role in config.roles]
+    if not organisms:
+        raise ValueError(f"no organism of {', '.join(config.roles)} in {config.adapters!r}: make them with --train")
+    prompts = load_sets(config)
+    cells: list[Cell] = []
+    for organism in organisms:
+        for cell in measure(organism, prompts, config):
+            cells.append(cell)
+            print(line_of(cell), flush=True)
+    n_layers = cells[0].n_layers
+    text = "\n".join([organism_table(organisms), "", cell_table(cells, n_layers), "", summary_table(cells, n_layers)])
+    print(f"\n{text}")
+    written = write_run(
+        config.out,
+        "planted",
+        config.model,
+        config=config,
+        metrics={
+            "organisms": [{**asdict(o), "passes": o.passes} for o in organisms],
+            "cells": [cell_record(cell) for cell in cells],
+            "summary": summaries(cells, n_layers),
+            "prompt_hashes": hashes(prompts),
+        },
+        tensors={f"{c.organism.name}.{c.method}": c.found.scores for c in cells if c.found},
+        texts={"table.txt": text + "\n"},
+        figures={"centres": plot_centres(cells, n_layers), "scores": plot_scores(cells, n_layers)},
+    )
+    print(f"written: {written}/ (table.txt, metrics.json, tensors.safetensors, centres.png, scores.png)")
+    return written
+
+
+def check_config(config: PlantedConfig) -> None:
+    known = (*LOCATORS, *BASE_METHODS)
+    for method in config.methods:
+        if method not in known:
+            raise ValueError(f"method {method!r}: expected some of {', '.join(known)}")
+    for name in ("n_prompts", "n_over_rejection", "epochs", "rank"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
+    for text in (*config.design, *config.held_out):
+        sm.LayerRange.parse(text)
+    if set(config.design) & set(config.held_out):
+        raise ValueError("a planted range is in both lists, design and held_out: expected each in one")
+    find_source(config.model)
+    check_writable(config.out)
+
+
+# --- organisms --------------------------------------------------------------------------------------------------------
+
+
+def wanted(config: PlantedConfig) -> list[tuple[sm.LayerRange, int]]:
+    """(planted range, seed) of all listed organisms, first seeds first: a run that is cut short has most ranges."""
+    texts = (*config.design, *config.held_out)
+    return [(sm.LayerRange.parse(text), seed) for seed in config.seeds for text in texts]
+
+
+def role_of(planted: sm.LayerRange, seed: int, config: PlantedConfig) -> Role:
+    if (planted, seed) not in wanted(config):
+        return "unlisted"
+    is_design = planted in [sm.LayerRange.parse(text) for text in config.design] and seed == config.seeds[0]
+    return "design" if is_design else "held out"
+
+
+def organism_name(planted: sm.LayerRange, seed: int) -> str:
+    return f"planted-{planted.start}-{planted.end}-seed{seed}"
+
+
+def train_missing(config: PlantedConfig) -> None:
+    """Run align.py for every listed organism of the wanted roles that has no recipe.json yet."""
+    for planted, seed in wanted(config):
+        name = organism_name(planted, seed)
+        if (
+            role_of(planted, seed, config) not in config.roles
+            or (Path(config.adapters) / name / "recipe.json").is_file()
+        ):
+            continue
+        print(f"organism {name} ...", flush=True)
+        layers = f"{planted.start}-{planted.end}"
+        align(
+            AlignRun(
+                model=config.model,
+                planted=layers,
+                rank=config.rank,
+                epochs=config.epochs,
+                seed=seed,
+                name=name,
+                out=config.adapters,
+            )
+        )
+
+
+def find_organisms(config: PlantedConfig) -> list[Organism]:
+    """All adapters of the folder whose recipe names a planted range, by role, then range, then seed."""
+    found = []
+    for path in sorted(Path(config.adapters).glob("*/recipe.json")):
+        report = json.loads(path.read_text("utf-8"))
+        planted = report["recipe"]["planted"]
+        if planted is None or report["base_model"] != config.model:
+            continue
+        layers, seed = sm.LayerRange(**planted), report["recipe"]["seed"]
+        refused = {name: part["count"] / part["total"] for name, part in report["aligned"]["refused"].items()}
+        role = role_of(layers, seed, config)
+        found.append(Organism(path.parent, layers, seed, role, refused["malicious"], refused["normal"]))
+    return sorted(found, key=lambda o: (o.role, o.planted, o.seed))
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def load_sets(config: PlantedConfig) -> PromptSets:
+    """Test splits only: what organisms were trained on is not what they are measured on."""
+    return PromptSets(
+        sm.load_prompts("normal:test")[: config.n_prompts],
+        sm.load_prompts("malicious:test")[: config.n_prompts],
+        sm.load_prompts("over_rejection:test")[: config.n_over_rejection],
+        sm.load_pairs("test")[: config.n_prompts],
+        config.template,
+        seed=config.seed,
+    )
+
+
+def hashes(prompts: PromptSets) -> dict[str, str]:
+    pairs = [text for pair in prompts.pairs for text in (pair.malicious, pair.normal)]
+    sets = {"normal": prompts.normal, "malicious": prompts.malicious, "over_rejection": prompts.over_rejection}
+    return {name: prompt_hash(texts) for name, texts in {**sets, "pairs": pairs}.items()}
+
+
+def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> Iterator[Cell]:
+    """All locators on one organism; models are loaded only if a cell is missing."""
+    models: dict[str, Any] = {}
+    for method in config.methods:
+        path = cell_path(organism, method, prompts, config)
+        record = kept(path, partial(locate_once, organism, method, prompts, config, models))
+        found = Located.from_plain(record["found"]) if record["found"] else None
+        yield Cell(organism, method, found, record["detail"], record["seconds"], record["n_layers"])
+
+
+def cell_path(organism: Organism, method: str, prompts: PromptSets, config: PlantedConfig) -> Path:
+    """Named by everything that the answer depends on, but for the code."""
+    weights = hashlib.sha256((organism.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    parts = (config.model, weights, method, hashes(prompts), config.template, config.seed)
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.out) / "planted" / safe_name(config.model) / "cells" / f"{organism.name}-{method}-{digest}.json"
+
+
+def locate_once(
+    organism: Organism, method: str, prompts: PromptSets, config: PlantedConfig, models: dict[str, Any]
+) -> dict[str, Any]:
+    """One cell. A locator that cannot be run on this model has no answer, which is one."""
+    if "model" not in models:
+        models["model"] = sm.load_model(config.model, adapter=organism.folder)
+        models["prompts"] = prompts.with_openings(models["model"])
+    if method in BASE_METHODS and "base" not in models:
+        models["base"] = sm.load_model(config.model)
+    locator = base_locators(models["base"])[method] if method in BASE_METHODS else LOCATORS[method]
+    started = perf_counter()
+    try:
+        found = locator(models["model"], models["prompts"])
+        answer = {"found": found.to_plain(), "detail": found.detail}
+    except ValueError as error:
+        answer = {"found": None, "detail": str(error)}
+    return {**answer, "seconds": perf_counter() - started, "n_layers": models["model"].cfg.n_layers}
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def cell_record(cell: Cell) -> dict[str, Any]:
+    parts = {"organism": cell.organism.name, "method": cell.method, "range": str(cell.range) if cell.range else None}
+    return {**parts, **asdict(cell.score), "detail": cell.detail, "seconds": cell.seconds}
+
+
+def line_of(cell: Cell) -> str:
+    score = cell.score
+    errors = "" if score.start_error is None else f"  ends off by {score.start_error:+d}, {score.end_error:+d}"
+    head = f"{cell.organism.name:<24}{cell.method:<16}{cell.range!s:<10}IoU {score.iou:.2f}{errors}"
+    return f"{head}  ({cell.seconds:.0f} s) {cell.detail}"
+
+
+def organism_table(organisms: Sequence[Organism]) -> str:
+    lines = [f"{'organism':<24}{'planted':<10}{'seed':>4}  {'role':<10}{'refused: malicious':>18}{'normal':>8}"]
+    for o in organisms:
+        row = f"{o.name:<24}{o.planted!s:<10}{o.seed:>4}  {o.role:<10}{o.malicious:>18.1%}{o.normal:>8.1%}"
+        lines.append(row + ("" if o.passes else "  does not pass: not in the summary"))
+    return "\n".join(lines)
+
+
+def cell_table(cells: Sequence[Cell], n_layers: int) -> str:
+    """Found range and IoU of every locator on every organism, and what guessing gets."""
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    organisms = list(dict.fromkeys(cell.organism for cell in cells))
+    by_key = {(cell.organism, cell.method): cell for cell in cells}
+    lines = [f"{'found, IoU':<16}" + "".join(f"{f'{o.planted} s{o.seed}':>15}" for o in organisms)]
+    for method in methods:
+        row = (by_key[o, method] for o in organisms)
+        lines.append(f"{method:<16}" + "".join(f"{f'{c.range} {c.score.iou:.2f}':>15}" for c in row))
+    for guess in GUESSES:
+        lines.append(f"{guess:<16}" + "".join(f"{guessed_iou(guess, o.planted, n_layers):>15.2f}" for o in organisms))
+    return "\n".join(lines)
+
+
+def guessed_iou(guess: str, planted: sm.LayerRange, n_layers: int) -> float:
+    if guess == "middle third":
+        return middle_third(n_layers).iou(planted)
+    return random_iou(planted, n_layers)
+
+
+Summary = dict[str, Any]
+
+
+def summaries(cells: Sequence[Cell], n_layers: int) -> dict[str, dict[str, Summary]]:
+    """By role, then by method; organisms that do not refuse as the aligned model does are left out."""
+    groups = {
+        role: [c for c in cells if c.organism.role == role and c.organism.passes] for role in sorted(roles(cells))
+    }
+    groups["all"] = [c for c in cells if c.organism.passes]
+    return {name: summary_of(part, n_layers) for name, part in groups.items() if part}
+
+
+def roles(cells: Sequence[Cell]) -> set[Role]:
+    return {cell.organism.role for cell in cells}
+
+
+def summary_of(cells: Sequence[Cell], n_layers: int) -> dict[str, Summary]:
+    """Means with 95 % intervals over planted ranges: two seeds of one range are drawn together, as one."""
+    table: dict[str, Summary] = {}
+    for method in dict.fromkeys(cell.method for cell in cells):
+        row = [cell for cell in cells if cell.method == method]
+        planted = [str(cell.organism.planted) for cell in row]
+        answered = [(cell, cell.range) for cell in row if cell.range is not None]
+        table[method] = {
+            "organisms": len(row),
+            "answered": len(answered),
+            "iou": mean_estimate([cell.score.iou for cell in row], planted),
+            "start_error": mean_abs([cell.score.start_error for cell in row]),
+            "end_error": mean_abs([cell.score.end_error for cell in row]),
+            "centre_hits": sum(cell.score.centre_hit for cell in row),
+            **centre_figures(answered),
+        }
+    organisms = list(dict.fromkeys(cell.organism for cell in cells))
+    for guess in GUESSES:
+        ious = [guessed_iou(guess, o.planted, n_layers) for o in organisms]
+        table[guess] = {"organisms": len(ious), "iou": mean_estimate(ious, [str(o.planted) for o in organisms])}
+    return table
+
+
+def centre_figures(answered: Sequence[tuple[Cell, sm.LayerRange]]) -> dict[str, Estimate]:
+    """Does the found centre move with the planted one? r is undefined for a locator that always gives one answer; the
+    slope is then 0."""
+    if len(answered) < 2:
+        return {}
+    truth = [cell.organism.planted.centre for cell, _ in answered]
+    found = [layers.centre for _, layers in answered]
+    groups = [str(cell.organism.planted) for cell, _ in answered]
+    return {"correlation": correlation(truth, found, groups), "slope": slope(truth, found, groups)}
+
+
+def mean_abs(errors: Sequence[int | None]) -> float | None:
+    known = [abs(error) for error in errors if error is not None]
+    return sum(known) / len(known) if known else None
+
+
+def summary_table(cells: Sequence[Cell], n_layers: int) -> str:
+    lines = []
+    for role, table in summaries(cells, n_layers).items():
+        lines += [
+            f"{role} organisms: mean with 95 % interval over planted ranges",
+            f"{'locator':<16}{'n':>3}  {'IoU':<18}{'|start|':>8}{'|end|':>7}{'centre':>8}  "
+            f"{'r of centres':<21}{'slope of centres':<21}",
+        ]
+        for method, row in table.items():
+            errors = [row.get("start_error"), row.get("end_error")]
+            texts = ["" if error is None else f"{error:.1f}" for error in errors]
+            hits = f"{row['centre_hits']}/{row['organisms']}" if "centre_hits" in row else ""
+            centres = "".join(f"{row[name]!s:<21}" for name in ("correlation", "slope") if name in row)
+            head = f"{method:<16}{row['organisms']:>3}  {row['iou']!s:<18}{texts[0]:>8}{texts[1]:>7}{hits:>8}  "
+            lines.append((head + centres).rstrip())
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def plot_centres(cells: Sequence[Cell], n_layers: int) -> Figure:
+    """One panel a locator: found range (bar, with its centre) over the planted centre; on the diagonal is the truth."""
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    columns = min(4, len(methods))
+    figure, axes = new_figure(columns, -(-len(methods) // columns), width=3.2, height=3.0)
+    for ax in axes[len(methods) :]:
+        ax.set_visible(False)
+    for ax, method in zip(axes, methods, strict=False):
+        ax.plot((0, n_layers - 1), (0, n_layers - 1), color=GREY, linestyle=":", linewidth=1)
+        for cell in (c for c in cells if c.method == method and c.range is not None):
+            assert cell.range is not None
+            x = cell.organism.planted.centre + 0.25 * cell.organism.seed
+            color, marker = (BLUE, "o") if cell.organism.role == "design" else (ORANGE, "s")
+            ax.plot((x, x), (cell.range.start, cell.range.end), color=color, linewidth=2, alpha=0.6)
+            ax.plot(x, cell.range.centre, marker, color=color, markersize=5)
+        ax.set_title(method, fontsize=9)
+        ax.set_xlim(-0.6, n_layers - 0.4)
+        ax.set_ylim(-0.6, n_layers - 0.4)
+        ax.set_xlabel("planted centre (layer)", fontsize=8)
+        ax.set_ylabel("found range (layers)", fontsize=8)
+    figure.suptitle(
+        "found against planted; blue circles: design, orange squares: others; dotted: the truth", fontsize=9
+    )
+    return figure
+
+
+def plot_scores(cells: Sequence[Cell], n_layers: int) -> Figure:
+    """Per-layer scores of every organism (row) by every locator (column), scaled to 0..1; planted ranges are shaded."""
+    methods = list(dict.fromkeys(cell.method for cell in cells))
+    organisms = list(dict.fromkeys(cell.organism for cell in cells))
+    figure, axes = new_figure(len(methods), len(organisms), width=1.8, height=1.2)
+    by_key = {(cell.organism, cell.method): cell for cell in cells}
+    for index, ax in enumerate(axes):
+        organism, method = organisms[index // len(methods)], methods[index % len(methods)]
+        cell = by_key[organism, method]
+        ax.axvspan(organism.planted.start - 0.5, organism.planted.end + 0.5, color="#F0E442", alpha=0.4, linewidth=0)
+        if cell.found:
+            scores = cell.found.scores - cell.found.scores.min()
+            ax.plot(range(n_layers), (scores / scores.max().clamp_min(1e-12)).numpy(), color=BLUE, linewidth=1)
+        if cell.range:
+            ax.plot((cell.range.start, cell.range.end), (-0.08, -0.08), color=ORANGE, linewidth=3)
+        ax.set_ylim(-0.15, 1.05)
+        ax.tick_params(labelsize=5)
+        ax.set_yticks([])
+        if index < len(methods):
+            ax.set_title(method, fontsize=7)
+        if index % len(methods) == 0:
+            ax.set_ylabel(f"{organism.planted} s{organism.seed}", fontsize=6)
+    figure.suptitle("scores by layer; shaded: planted; orange bar: found", fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    run(main, PlantedConfig)

@@ -1,0 +1,245 @@
+"""Does a locator give the same range again? Pairwise IoU over resampled, halved and other prompts, and templates.
+
+    python experiments/stability.py
+    python experiments/stability.py --methods margin gap search --normal-sets normal:test alpaca.json \\
+        --malicious-sets malicious:test advbench.csv:goal
+
+- bootstrap: the same prompts, drawn with replacement (methods that keep per-prompt values);
+- halves: disjoint halves of the prompts, located anew in each;
+- prompt sets: the i-th of --normal-sets with the i-th of --malicious-sets;
+- templates.
+
+As arXiv 2602.17696 does for other methods: regions found from different prompt sets overlapped little there.
+A killed run goes on where it was: every finished location is a file in OUT/stability/MODEL/cells.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import safety_mech as sm
+from safety_mech.agreement import Estimate, mean_estimate, mean_pairwise_iou, overlap
+from safety_mech.chat import check_template_name
+from safety_mech.command_line import run
+from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
+from safety_mech.models import BASE_OF, find_source
+from safety_mech.prompts import prompt_hash
+from safety_mech.results import check_writable, kept, safe_name, write_run
+
+BASE_METHODS = ("gap_difference", "swap")
+
+
+@dataclass(frozen=True)
+class StabilityConfig:
+    """Locate again and again, and say how well the answers overlap."""
+
+    model: str = "smollm2-135m-aligned"
+    adapter: str | None = None
+    base: str | None = "auto"
+    """For the methods that compare with it (gap_difference, swap); auto: known for built-in models."""
+    methods: tuple[str, ...] = ("gap", "gap_difference", "search", "direction", "patching", "margin")
+    normal_sets: tuple[str, ...] = ("normal:test",)
+    malicious_sets: tuple[str, ...] = ("malicious:test",)
+    """As many as --normal-sets: they go together one by one."""
+    over_rejection: str = "over_rejection:test"
+    templates: tuple[str, ...] = ("own", "alpaca")
+    """The first is the one of all other comparisons."""
+    n_prompts: int = 100
+    """Of each normal and malicious set."""
+    n_over_rejection: int = 24
+    halvings: int = 3
+    """Random ways to split the first sets in halves."""
+    seed: int = 0
+    out: str = "results"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a method looks at in one location: a name for the table, and the prompts."""
+
+    name: str
+    prompts: PromptSets
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Mean IoU of `pairs` pairs of answers, with its 95 % interval where there are enough of them."""
+
+    method: str
+    comparison: str
+    iou: Estimate
+    pairs: int
+    answers: tuple[str, ...]
+
+
+def main(config: StabilityConfig) -> Path:
+    check_config(config)
+    places = list_places(config)
+    base_name = BASE_OF.get(config.model) if config.base == "auto" else config.base
+    for name, adapter in ((config.model, config.adapter), *([(base_name, None)] if base_name else [])):
+        find_source(name, adapter)
+    methods = [method for method in config.methods if method in LOCATORS or base_name]
+    models: dict[str, Any] = {}
+    answers: dict[tuple[str, str], Located | None] = {}
+    for method in methods:
+        for place in places:
+            path = cell_path(method, place, base_name, config)
+            record = kept(path, partial(locate_once, method, place, base_name, config, models))
+            found = Located.from_plain(record["found"]) if record["found"] else None
+            answers[method, place.name] = found
+            answer = str(found.range) if found else "not run"
+            print(f"{method:<16}{place.name:<40}{answer:<10}{record['detail']}", flush=True)
+    rows = [row for method in methods for row in overlaps(method, answers, places, config)]
+    text = table(rows)
+    print(f"\n{text}")
+    written = write_run(
+        config.out,
+        "stability",
+        config.model,
+        config=config,
+        metrics={
+            "answers": {
+                f"{m}, {place}": located.to_plain() if located else None for (m, place), located in answers.items()
+            },
+            "overlaps": rows,
+            "prompt_hashes": {place.name: hashes(place.prompts) for place in places},
+        },
+        texts={"table.txt": text + "\n"},
+    )
+    print(f"written: {written}/ (table.txt, metrics.json)")
+    return written
+
+
+def check_config(config: StabilityConfig) -> None:
+    for method in config.methods:
+        if method not in (*LOCATORS, *BASE_METHODS):
+            raise ValueError(f"method {method!r}: expected some of {', '.join((*LOCATORS, *BASE_METHODS))}")
+    if len(config.normal_sets) != len(config.malicious_sets) or not config.normal_sets:
+        raise ValueError(
+            f"{len(config.normal_sets)} normal and {len(config.malicious_sets)} malicious sets: they go together one "
+            "by one, so give as many of each"
+        )
+    if config.n_prompts < 8 or config.n_over_rejection < 2 or config.halvings < 1 or not config.templates:
+        raise ValueError("expected n_prompts >= 8, n_over_rejection >= 2, halvings >= 1 and at least one template")
+    for template in config.templates:
+        check_template_name(template)
+    check_writable(config.out)
+
+
+def list_places(config: StabilityConfig) -> list[Place]:
+    """All locations of one method: whole sets, other templates, halves of the first set."""
+    over_rejection = sm.load_prompts(config.over_rejection)[: config.n_over_rejection]
+    pairs = sm.load_pairs("test")[: config.n_prompts]
+    places = []
+    for normal, malicious in zip(config.normal_sets, config.malicious_sets, strict=True):
+        sets = [sm.load_prompts(name)[: config.n_prompts] for name in (normal, malicious)]
+        prompts = PromptSets(sets[0], sets[1], over_rejection, pairs, config.templates[0], seed=config.seed)
+        places.append(Place(f"set {Path(normal).name} {Path(malicious).name}", prompts))
+    first = places[0].prompts
+    places += [Place(f"template {name}", replace(first, template=name)) for name in config.templates[1:]]
+    for number in range(config.halvings):
+        places += [
+            Place(f"half {number + 1}{'ab'[side]}", half_of(first, config.seed + number, side)) for side in (0, 1)
+        ]
+    return places
+
+
+def half_of(prompts: PromptSets, seed: int, side: int) -> PromptSets:
+    """One of two disjoint halves of every set."""
+
+    def half(items: Sequence[Any]) -> list[Any]:
+        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [items[index] for index in sorted(order[side::2])]
+
+    parts = {name: half(getattr(prompts, name)) for name in ("normal", "malicious", "over_rejection", "pairs")}
+    return replace(prompts, **parts)
+
+
+def hashes(prompts: PromptSets) -> dict[str, str]:
+    twins = [text for pair in prompts.pairs for text in (pair.malicious, pair.normal)]
+    sets = {"normal": prompts.normal, "malicious": prompts.malicious, "over_rejection": prompts.over_rejection}
+    return {name: prompt_hash(texts) for name, texts in {**sets, "pairs": twins}.items()}
+
+
+def cell_path(method: str, place: Place, base: str | None, config: StabilityConfig) -> Path:
+    """Named by everything that the answer depends on, but for the code."""
+    adapter = find_source(config.model, config.adapter).adapter
+    weights = Path(adapter, "adapter_model.safetensors").read_bytes() if adapter else b""
+    against = base if method in BASE_METHODS else None
+    prompts = (hashes(place.prompts), place.prompts.template, place.prompts.seed)
+    parts = (config.model, hashlib.sha256(weights).hexdigest(), against, method, prompts)
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.out) / "stability" / safe_name(config.model) / "cells" / f"{method}-{digest}.json"
+
+
+def locate_once(
+    method: str, place: Place, base: str | None, config: StabilityConfig, models: dict[str, Any]
+) -> dict[str, Any]:
+    """One location. A method that cannot be run on these prompts (too few twins) has no answer, which is one."""
+    if "model" not in models:
+        models["model"] = sm.load_model(config.model, adapter=config.adapter)
+    if method in BASE_METHODS and "base" not in models:
+        assert base is not None
+        models["base"] = sm.load_model(base)
+    locator = base_locators(models["base"])[method] if method in BASE_METHODS else LOCATORS[method]
+    try:
+        found = locator(models["model"], place.prompts)
+    except ValueError as error:
+        return {"found": None, "detail": str(error)}
+    return {"found": found.to_plain(), "detail": found.detail}
+
+
+# --- what is shown ----------------------------------------------------------------------------------------------------
+
+
+def overlaps(
+    method: str, answers: dict[tuple[str, str], Located | None], places: Sequence[Place], config: StabilityConfig
+) -> list[Overlap]:
+    """The comparisons of one method. No answer overlaps with nothing (IoU 0)."""
+
+    def located(kind: str) -> list[sm.LayerRange | None]:
+        of_kind = [answers[method, place.name] for place in places if place.name.startswith(kind)]
+        return [found.range if found else None for found in of_kind]
+
+    first = answers[method, places[0].name]
+    rows = []
+    if first is not None and first.samples:
+        drawn = list(first.samples.elements())
+        n_pairs = len(drawn) * (len(drawn) - 1) // 2
+        rows.append(Overlap(method, "bootstrap of the prompts", mean_pairwise_iou(drawn), n_pairs, counted(drawn)))
+    halves = located("half ")
+    ious = [overlap(a, b) for a, b in zip(halves[::2], halves[1::2], strict=True)]
+    rows.append(Overlap(method, "disjoint halves", mean_estimate(ious), len(ious), counted(halves)))
+    for kind, name in (("set ", "prompt sets"), ("template ", "templates")):
+        ranges = located(kind) if kind == "set " else [first.range if first else None, *located(kind)]
+        if len(ranges) > 1:
+            pairs = list(combinations(ranges, 2))
+            rows.append(Overlap(method, name, mean_pairwise_iou(ranges), len(pairs), counted(ranges)))
+    return rows
+
+
+def counted(ranges: Sequence[sm.LayerRange | None]) -> tuple[str, ...]:
+    """Every answer with how often it was given, the most frequent first."""
+    texts = Counter(str(layers) if layers else "none" for layers in ranges)
+    return tuple(f"{text} x{count}" for text, count in texts.most_common())
+
+
+def table(rows: Sequence[Overlap]) -> str:
+    lines = [f"{'method':<16}{'answers differ by':<26}{'IoU, mean and 95 %':<22}{'pairs':>6}  answers"]
+    for row in rows:
+        more = f", and {len(row.answers) - 5} others" if len(row.answers) > 5 else ""
+        answers = ", ".join(row.answers[:5]) + more
+        lines.append(f"{row.method:<16}{row.comparison:<26}{row.iou!s:<22}{row.pairs:>6}  {answers}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main, StabilityConfig)

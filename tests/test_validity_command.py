@@ -1,0 +1,115 @@
+"""`experiments/validity.py`: the gap under its controls, from one command; what is left of it by hand."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import safety_mech as sm
+
+
+@pytest.fixture(scope="module")
+def validity(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("validity")
+
+
+@pytest.fixture
+def config_for(validity: ModuleType, llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+    for kind in ("normal", "malicious"):
+        (tmp_path / f"{kind}.txt").write_text("\n".join(sm.load_prompts(f"{kind}:test")[:24]))
+
+    def make(**changes: object) -> Any:
+        settings = {
+            "model": str(llama_folder),
+            "normal": str(tmp_path / "normal.txt"),
+            "malicious": str(tmp_path / "malicious.txt"),
+            "n_matched": 3,
+            "splits": 20,
+            "bootstrap": 30,
+            "permutations": 30,
+            "out": str(tmp_path / "runs"),
+        }
+        return validity.ValidityConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.mark.whole_run
+def test_every_control_has_a_line(validity, config_for, llama_folder, capsys):
+    folder = validity.main(config_for(base=str(llama_folder)))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    controls = [row["control"] for row in metrics["survival"]]
+    assert controls[:6] == [
+        "none: the raw gap",
+        "shuffled labels",
+        "two halves of the harmless topics",
+        "one harmless topic against the rest",
+        "matched pairs",
+        "equal length, similar words",
+    ]
+    assert metrics["survival"][0]["share"]["value"] == 1.0
+    base = metrics["survival"][6]  # the model is its own base here: nothing is left, in no draw
+    assert base["control"] == "the base's gap"
+    assert (base["left"]["value"], base["left"]["low"], base["left"]["high"]) == (0.0, 0.0, 0.0)
+    assert controls[-1].startswith("all of them (the least: ")
+    assert metrics["matched"]["length_difference"] == 0.0
+    assert metrics["matched"]["shared_words"] > metrics["matched"]["shared_words_before"]
+    assert {"controls.png", "table.txt", "tensors.safetensors"} <= {path.name for path in folder.iterdir()}
+    assert "what is left of it there" in capsys.readouterr().out
+
+
+@pytest.mark.whole_run
+def test_without_a_base_the_same_numbers_twice(validity, config_for):
+    first, second = ((validity.main(config_for()) / "table.txt").read_text() for _ in range(2))
+    assert first == second
+    assert "base" not in first
+
+
+def curves(gap: float, spread: float, null: float) -> Any:
+    """What `survivals` reads of a ModelCurves: one layer, three draws."""
+
+    def curve(at: float) -> Any:
+        draws = torch.tensor([[at - spread], [at], [at + spread]]).double()
+        return SimpleNamespace(gap=torch.tensor([at]).double(), samples=draws, null=torch.full((5, 1), null).double())
+
+    topics = torch.full((4, 1), 3 * null).double()
+    return SimpleNamespace(
+        raw=curve(gap), pairs=curve(gap / 2), matched=curve(gap / 4), halves=topics, single=2 * topics
+    )
+
+
+def test_what_is_left_by_hand(validity):
+    rows = validity.survivals(curves(8.0, 1.0, 0.5), curves(2.0, 0.0, 0.5), 0)
+    left = {row.control: row.left.value for row in rows}
+    assert left["none: the raw gap"] == 8.0
+    assert left["shuffled labels"] == 7.5
+    assert left["two halves of the harmless topics"] == 6.5
+    assert left["one harmless topic against the rest"] == 5.0
+    assert left["matched pairs"] == 4.0
+    assert left["equal length, similar words"] == 2.0
+    assert left["the base's gap"] == 6.0
+    assert left["the base's gap, matched pairs"] == 3.0
+    assert left["the base's gap, equal length, similar words"] == 1.5
+    last = rows[-1]
+    assert last.control == "all of them (the least: the base's gap, equal length, similar words)"
+    assert last.share.value == pytest.approx(1.5 / 8)
+    assert rows[1].left.low < rows[1].left.value < rows[1].left.high
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"template": "poem"}, "template 'poem'"),
+        ({"splits": 2}, "expected at least 3 of each"),
+        ({"normal": "absent.txt"}, "no such file"),
+        ({"topics": "dev"}, "split 'dev'"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(validity, config_for, changes, message, monkeypatch):
+    monkeypatch.setattr(sm, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        validity.main(config_for(**changes))
