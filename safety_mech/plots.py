@@ -21,12 +21,14 @@ from safety_mech.layers import LayerRange
 from safety_mech.locate import Sweep
 from safety_mech.words import KINDS, WordShares, mean_interval
 
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": ORANGE, "linestyle": "-", "marker": "o"},
     {"color": BLUE, "linestyle": "--", "marker": "s"},
     {"color": GREEN, "linestyle": "-.", "marker": "^"},
     {"color": PURPLE, "linestyle": ":", "marker": "D"},
+    {"color": SKY, "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+    {"color": GREY, "linestyle": (0, (9, 3)), "marker": "P"},
 )
 
 
@@ -225,4 +227,29 @@ def plot_word_shares(shares: Mapping[str, WordShares], layers: LayerRange | None
         ax.set_ylabel("share of the attention over the question (%)")
         ax.set_title(f"{name}: {len(part.shares)} prompts, {level:.0%} interval; thin: equal attention", fontsize=10)
         ax.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def plot_dose(curves: Mapping[str, Mapping[str, tuple[Tensor, Tensor, Tensor]]], n_prompts: int) -> Figure:
+    """Dose and response: what is left of refusals after so many examples of an attack, a column an attack.
+
+    `curves`: by attack and method, (doses [point], refused share [seed point], mean log-odds [seed point]). Lines are
+    means over seeds, bands reach from the least to the greatest seed; dotted, half of the refusals at dose 0.
+    """
+    figure, axes = new_figure(columns=len(curves), rows=2, width=4.6, height=3.2)
+    for column, (attack, methods) in enumerate(curves.items()):
+        upper, lower = axes[column], axes[column + len(curves)]
+        for (name, (doses, refused, log_odds)), style in zip(methods.items(), cycle(STYLES), strict=False):
+            for ax, values in ((upper, 100 * refused), (lower, log_odds)):
+                ax.plot(doses, values.mean(0), label=name, markersize=4, linewidth=1.4, **style)
+                ax.fill_between(doses, values.amin(0), values.amax(0), color=style["color"], alpha=0.12, linewidth=0)
+        start = next(iter(methods.values()))[1][:, 0].mean()
+        upper.axhline(50 * float(start), color="black", linestyle=":", linewidth=0.9, label="half of the refusals")
+        lower.axhline(0, color="black", linewidth=0.8)
+        upper.set_title(f"attack: {attack}", fontsize=10)
+        upper.set_ylim(-4, 104)
+        lower.set_xlabel("examples of the attack seen")
+    axes[0].set_ylabel(f"malicious prompts refused (% of {n_prompts})")
+    axes[len(curves)].set_ylabel("mean refusal log-odds (nats)")
+    axes[0].legend(fontsize=7, frameon=False)
     return figure

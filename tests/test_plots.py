@@ -137,7 +137,7 @@ def test_curves_are_told_apart_without_colour(n: int) -> None:
     for ax, count in zip(figure.axes, (3, n), strict=True):
         lines = curve_lines(ax)
         assert len(lines) == count
-        assert len({line.get_linestyle() for line in lines}) == count
+        assert len({line._unscaled_dash_pattern for line in lines}) == count  # get_linestyle calls all dashes "--"
         assert len({line.get_marker() for line in lines}) == count
         assert len({line.get_color() for line in lines}) == count
         assert all(line.get_marker() not in ("", "None", None) for line in lines)
