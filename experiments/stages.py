@@ -99,6 +99,8 @@ def main(config: StagesConfig) -> StagesResult:
     changes = {name: changes_of(part, before, after, config) for name, part in compared.items()}
     tables = [share_table(name, part) for name, part in shares.items()]
     lead = change_sentence(changes["malicious"]["content of words"], before, after)
+    if base_name:
+        lead += f"; in the base model {interval_of(changes['malicious, base model']['content of words'])}"
     text = "\n".join([*tables, change_table(changes, before, after), lead])
     print(text)
     harmful, harmless = attend(model, [twins.malicious, twins.normal], config)
@@ -230,7 +232,7 @@ def change_table(changes: dict[str, dict[str, Change]], before: sm.LayerRange, a
     lines = [head + "  change, 95 % interval"]
     for name, kind, part in rows:
         line = f"{name:<{width}}{kind:<18}{part.before:>16.1%}{part.after:>16.1%}{part.uniform:>8.1%}"
-        lines.append(f"{line}  {part.difference:+.1%} [{part.low:+.1%}, {part.high:+.1%}]")
+        lines.append(f"{line}  {interval_of(part)}")
     return "\n".join(lines) + "\n"
 
 
@@ -240,8 +242,12 @@ def change_sentence(change: Change, before: sm.LayerRange, after: sm.LayerRange)
     return (
         f"of the attention that falls on words of malicious questions, content words get {change.before:.1%} in layers "
         f"{before} and {change.after:.1%} in layers {after}: {side} "
-        f"({change.difference:+.1%} [{change.low:+.1%}, {change.high:+.1%}]; equal attention: {change.uniform:.1%})"
+        f"({interval_of(change)}; equal attention: {change.uniform:.1%})"
     )
+
+
+def interval_of(change: Change) -> str:
+    return f"{change.difference:+.1%} [{change.low:+.1%}, {change.high:+.1%}]"
 
 
 def page_of(
