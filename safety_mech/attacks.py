@@ -128,7 +128,7 @@ def reverse_preferences(
     chosen = torch.randint(len(openings), (len(prompts),), generator=generator).tolist()
     rejected = torch.randint(len(refusals), (len(prompts),), generator=generator).tolist()
     return [
-        (prompt, f"{openings[opening]}{UNFINISHED}", refusals[refusal])
+        (prompt, f"{openings[int(opening)]}{UNFINISHED}", refusals[int(refusal)])
         for prompt, opening, refusal in zip(prompts, chosen, rejected, strict=True)
     ]
 
