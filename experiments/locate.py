@@ -132,7 +132,8 @@ def main(config: LocateConfig) -> LocateResult:
     found = None
     if not config.quick:
         found = search(model, sets["prompts"], curves["prompts"], over_rejection, start, config)
-    prompt_hashes = hashes(sets, over_rejection)
+    prompt_sets = named_sets(sets, over_rejection)
+    prompt_hashes = {name: prompt_hash(prompts) for name, prompts in prompt_sets.items()}
     metrics: dict[str, Any] = {
         "curves": {name: curve_metrics(curves[name], initial[name], samples[name]) for name in curves},
         "base_curves": {name: curve_metrics(curve, None, Counter()) for name, curve in base_curves.items()},
@@ -175,6 +176,7 @@ def main(config: LocateConfig) -> LocateResult:
         examples=examples(model, shown, layers, found, config),
         views=views(model, shown, layers, config),
         prompt_hashes=prompt_hashes,
+        sizes={name: len(prompts) for name, prompts in prompt_sets.items()},
     )
     folder = write_run(
         config.out,
@@ -321,7 +323,7 @@ def examples(
 def views(
     model: HookedTransformer, prompts: list[str], layers: sm.LayerRange | None, config: LocateConfig
 ) -> list[View]:
-    """Tokens by what they do to a refusal, of the first and the last prompt; attention heads amid the range."""
+    """Tokens by what they do to the refusal, of the first and the last prompt; attention heads amid the range."""
     found = [refusal_attribution_view(model, prompt, config.template) for prompt in (prompts[0], prompts[-1])]
     if layers is None:
         return found
@@ -332,10 +334,10 @@ def measure_unit(config: LocateConfig) -> str:
     return "share of prompts refused" if config.text else "mean refusal log-odds (nats)"
 
 
-def hashes(sets: Sets, over_rejection: list[str]) -> dict[str, str]:
+def named_sets(sets: Sets, over_rejection: list[str]) -> dict[str, list[str]]:
     kinds = ("normal", "malicious")
-    found = {f"{name} {kind}": prompt_hash(p) for name in sets for kind, p in zip(kinds, sets[name], strict=True)}
-    return found | {"over_rejection": prompt_hash(over_rejection)}
+    found = {f"{name} {kind}": p for name in sets for kind, p in zip(kinds, sets[name], strict=True)}
+    return found | {"over_rejection": over_rejection}
 
 
 def curve_metrics(

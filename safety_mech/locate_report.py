@@ -54,11 +54,12 @@ def locate_report(
     examples: Sequence[Example],
     views: Sequence[View],
     prompt_hashes: Mapping[str, str],
+    sizes: Mapping[str, int],
 ) -> str:
     """`config`: a LocateConfig. By prompt set: curves, those of the base, initial ranges, their bootstrap samples.
 
     `start`: where the search starts and why; `unit`: of the measure that is swept; `figures`: "gap" and, where there
-    are any, "sweeps" and "attention".
+    are any, "sweeps" and "attention"; `sizes`: of the prompt sets, by name.
     """
     sections = [
         Section("What was found", _findings(curves, initial, samples, start, found)),
@@ -66,11 +67,13 @@ def locate_report(
         Section("Controls", _controls(config.model, base_name, curves, base_curves, initial, differences)),
         Section("What scaling a range does to refusals", _search(found, unit, figures.get("sweeps"))),
         Section("Answers before and while scaling", _examples(found, config.recipe, examples)),
-        Section("Where the model looks, and what makes it refuse", _pictures(figures.get("attention"), views)),
-        Section("Settings, prompt sets, versions", [report.settings_table(config), *report.provenance(prompt_hashes)]),
+        Section("Where the model looks, and which tokens move its refusal", _pictures(figures.get("attention"), views)),
+        Section(
+            "Settings, prompt sets, versions", [report.settings_table(config), *report.provenance(prompt_hashes, sizes)]
+        ),
     ]
     lead = search_sentence(found) if found else gap_sentence(curves["prompts"], initial["prompts"], samples["prompts"])
-    return report.report_page(f"Safety layers of {config.model}", lead[0].upper() + lead[1:] + ".", sections)
+    return report.report_page(f"Safety layers of {config.model}", _sentence(lead), sections)
 
 
 def scaling_examples(
@@ -88,17 +91,25 @@ def scaling_examples(
     return [Example(*row) for row in zip(prompts, before, after, strict=True)]
 
 
+def _sentence(text: str) -> str:
+    """What the terminal prints, as a sentence."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def _findings(
     curves: Mapping[str, GapCurve], initial: Initial, samples: Samples, start: str, found: SafetyLayers | None
 ) -> list[Markup]:
-    sentences = [f"{name}: {gap_sentence(curve, initial[name], samples[name])}." for name, curve in curves.items()]
-    sentences.append(f"{start[0].upper()}{start[1:]}.")
-    if found is not None:
-        sentences.append(f"The search: {search_sentence(found)}.")
-        if found.samples:
-            counted = ", ".join(f"{layers} {count}" for layers, count in found.samples.most_common(6))
-            total = sum(found.samples.values())
-            sentences.append(f"The most frequent answers over {total} bootstrap samples of the prompts: {counted}.")
+    sentences = [
+        _sentence(f"{name}: {gap_sentence(curve, initial[name], samples[name])}") for name, curve in curves.items()
+    ]
+    sentences.append(_sentence(start))
+    if found is not None and found.samples and found.baseline is not None:
+        total = sum(found.samples.values())
+        counted = ", ".join(f"{layers} {count / total:.0%}" for layers, count in found.samples.most_common(6))
+        sentences.append(
+            f"The search measures refusals on {len(found.baseline)} harmless prompts; over {total} bootstrap samples "
+            f"of them it answers most often {counted}."
+        )
     return [*map(report.text, sentences), report.text(f"{CONVENTIONS} {CAVEAT}", "note")]
 
 
@@ -136,7 +147,7 @@ def _controls(
         "do not have, belongs to the prompts and not to alignment."
     )
     sentences = [
-        f"{name}, larger than in {base_name} by at most {difference_sentence(difference)}."
+        _sentence(f"{name}, larger than in {base_name} by at most {difference_sentence(difference)}")
         for name, difference in differences.items()
     ]
     return [report.table(head, rows, caption), *(report.text(sentence) for sentence in sentences)]

@@ -107,11 +107,11 @@ def fixed_width(lines: str) -> Markup:
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "") -> Markup:
     """Scrolls inside its own box where it is wider than the page. The first cell of a row is its heading."""
     return Markup(
-        '<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>{shown}'
+        '{shown}<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
         "<thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
     ).format(
         caption=caption or " / ".join(head),
-        shown=Markup("<caption>{}</caption>").format(caption) if caption else "",
+        shown=text(caption, "caption") if caption else "",  # outside the box: it wraps and does not scroll
         head=_join(Markup('<th scope="col">{}</th>').format(cell) for cell in head),
         rows=_lines(_row(row) for row in rows),
     )
@@ -165,17 +165,14 @@ def settings_table(config: Any) -> Markup:
     return table(["setting", "value"], [[name, _shown(value)] for name, value in plain(config).items()], "Settings")
 
 
-def provenance(prompt_hashes: Mapping[str, str]) -> list[Markup]:
-    """Hashes of the prompt sets, versions and machine: what the same numbers need."""
+def provenance(prompt_hashes: Mapping[str, str], sizes: Mapping[str, int] | None = None) -> list[Markup]:
+    """Hashes (and sizes) of the prompt sets, versions and machine: what the same numbers need."""
+    sets = [[name, digest, (sizes or {}).get(name, "")] for name, digest in prompt_hashes.items()]
     found = environment()
     versions = [[name, version or "not installed"] for name, version in found["packages"].items()]
     machine = [[name, found[name]] for name in ("python", "machine", "threads", "written")]
     return [
-        table(
-            ["prompt set", "SHA-256, first 16 digits"],
-            [[name, digest] for name, digest in prompt_hashes.items()],
-            "Prompt sets",
-        ),
+        table(["prompt set", "SHA-256, first 16 digits", "prompts" if sizes else ""], sets, "Prompt sets"),
         table(["package", "version"], [*versions, *machine], "Versions and machine"),
     ]
 

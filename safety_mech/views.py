@@ -19,13 +19,24 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from safety_mech.attribution import refusal_attribution
+from safety_mech.attribution import refusal_attribution, replacement_effects
 from safety_mech.chat import Template, check_context, encode_chat, tokenizer_of
 from safety_mech.forward import embed, run_blocks
 from safety_mech.plots import BLUE, ORANGE
 
 DECIMALS = 4
 """Of every number in a view: more cannot be seen, and a page has thousands of them."""
+
+# White in a dark page as well: the components bring their own dark text. A map's box gets a width of its own, for the
+# component's shrinks to nothing where a page is resized or printed.
+STYLE = """
+.circuitsvis { background: #fff; color: #111; color-scheme: light; margin: 1em 0; padding: 0.8em; overflow-x: auto;
+  border-radius: 6px; }
+.circuitsvis figcaption { color: #444; margin-bottom: 0.6em; }
+.circuitsvis div:has(> canvas) { width: 100% !important; max-width: 40em !important; }
+.circuitsvis h3 { font-size: 1em; }
+.circuitsvis h4 { font-size: 0.7em; font-weight: normal; }
+"""
 
 
 @dataclass(frozen=True)
@@ -53,29 +64,50 @@ def attention_heads_view(model: HookedTransformer, prompt: str, layer: int, temp
     Raises ValueError for a layer outside the model.
     """
     pattern, tokens = attention_pattern(model, prompt, layer, template)
-    return heads_view(pattern, tokens, f"Attention of the heads of layer {layer} (0 = first block): {prompt}")
-
-
-def refusal_attribution_view(model: HookedTransformer, prompt: str, template: str | Template = "own") -> View:
-    """The prompt's tokens, coloured by what they do to the refusal log-odds to first order (attribution.py)."""
-    found = refusal_attribution(model, prompt, template)
     caption = (
-        f"Refusal log-odds {found.log_odds:.2f} nats. Orange: more of this token raises them, blue: lowers them "
-        "(gradient times input, nats; a slope, not the effect of taking the token out)."
+        f"What the heads of layer {layer} (0 = first block) attend to. Full colour: the most that any token but the "
+        f"first gets. Prompt: {prompt}"
+    )
+    return heads_view(pattern, tokens, caption)
+
+
+def refusal_attribution_view(
+    model: HookedTransformer, prompt: str, template: str | Template = "own", *, gradient: bool = False
+) -> View:
+    """The prompt's tokens, coloured by what they do to the refusal log-odds (attribution.py).
+
+    The measured effect of replacing a token; or, with `gradient`, its slope, gradient times input: cheaper for a long
+    prompt, and at times of the wrong sign.
+    """
+    if gradient:
+        found = refusal_attribution(model, prompt, template)
+        what = "gradient times input: a slope, not the effect of taking the token out"
+    else:
+        found = replacement_effects(model, prompt, template)
+        what = "with the token, minus with its embedding replaced by the vocabulary's mean"
+    caption = (
+        f"Refusal log-odds {found.log_odds:.2f} nats. Orange: the token raises them, blue: it lowers them "
+        f"({what}; nats, shown under the pointer)."
     )
     return tokens_view(found.tokens, found.values, caption)
 
 
 def heads_view(pattern: Float[Tensor, "head pos pos"], tokens: Sequence[str], caption: str) -> View:
-    """Attention maps (destination, source) as CircuitsVis' `AttentionHeads`."""
+    """Attention maps (destination, source) as CircuitsVis' `AttentionHeads`.
+
+    Full colour is the most that any token but the first gets: the first is most heads' resting place, and on its scale
+    nothing else would be seen.
+    """
+    others = pattern[:, :, 1:]
+    strongest = float(others.max()) if others.numel() else 1.0
     return View(
         "AttentionHeads",
         {
             "attention": rounded(pattern),
             "tokens": list(tokens),
-            "attentionHeadNames": [f"head {head}" for head in range(len(pattern))],
+            "attentionHeadNames": [f"H{head}" for head in range(len(pattern))],
             "positiveColor": BLUE,
-            "maxValue": 1,
+            "maxValue": max(strongest, 10**-DECIMALS),
             "minValue": -1,
         },
         caption,
@@ -120,7 +152,7 @@ def attention_pattern(
 
 def views_html(views: Sequence[View]) -> str:
     """Views one after the other, as a piece of HTML that fetches nothing; CircuitsVis' code is in it once."""
-    return f"<script>{bundle()}</script>\n" + "\n".join(_mounted(view) for view in views)
+    return f"<style>{STYLE}</style>\n<script>{bundle()}</script>\n" + "\n".join(_mounted(view) for view in views)
 
 
 def _mounted(view: View) -> str:
@@ -128,10 +160,7 @@ def _mounted(view: View) -> str:
     place = f"circuitsvis-{uuid4()}"
     call = f'CircuitsVis.render("{place}", CircuitsVis.{view.component}, {script_json(view.properties)})'
     return (
-        # white in a dark page as well: the components bring their own dark text
-        '<figure class="circuitsvis" style="background:#fff;color:#111;color-scheme:light;margin:1em 0;padding:0.8em;'
-        'overflow-x:auto;border-radius:6px">\n'
-        f'<figcaption style="margin-bottom:0.6em">{html.escape(view.caption)}</figcaption>\n'
+        f'<figure class="circuitsvis">\n<figcaption>{html.escape(view.caption)}</figcaption>\n'
         f'<div id="{place}"><noscript>This picture needs JavaScript.</noscript></div>\n'
         f"<script>{call}</script>\n</figure>"
     )

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from safety_mech import encode_chat, refusal_log_odds
-from safety_mech.attribution import refusal_attribution
+from safety_mech import attribution, encode_chat, refusal_log_odds
+from safety_mech.attribution import refusal_attribution, replacement_effects
 from safety_mech.chat import tokenizer_of
 
 PROMPT = "How do I help a cat?"
@@ -100,3 +100,35 @@ def test_it_works_where_gradients_are_off() -> None:
 def test_too_long_a_prompt_is_refused(tiny_model: HookedTransformer) -> None:
     with pytest.raises(ValueError, match="the context holds 128"):
         refusal_attribution(tiny_model, "why " * 200)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 100])
+@pytest.mark.parametrize("style", [{}, GPT2_STYLE], ids=["rotary", "gpt2"])
+def test_effects_are_those_of_each_token_replaced_alone(
+    style: dict, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`moved` by a whole step towards the centre is the replacement; in batches of every size."""
+    model = exact(**style)
+    (chat,) = encode_chat(tokenizer_of(model), [PROMPT])
+    monkeypatch.setattr(attribution, "DEFAULT_BATCH_TOKENS", rows * len(chat))
+    centre, whole = model.embed.W_E.mean(0), refusal_log_odds(model, [PROMPT])[0]
+    expected = []
+    for token in range(len(chat)):
+        with model.hooks(fwd_hooks=[("hook_embed", moved(token, -1.0, centre))]):
+            expected.append(float(whole - refusal_log_odds(model, [PROMPT])[0]))
+    found = replacement_effects(model, PROMPT)
+    torch.testing.assert_close(found.values, torch.tensor(expected).double(), rtol=0, atol=1e-6)
+    assert found.log_odds == pytest.approx(float(whole), abs=1e-12)
+    assert not torch.allclose(found.values, found.values.roll(1), atol=0.01), "the order of tokens matters"
+
+
+def test_effects_near_the_baseline_are_slopes() -> None:
+    """With a baseline close to one token's embedding, its effect is its slope; the two functions agree in sign."""
+    model = exact()
+    (chat,) = encode_chat(tokenizer_of(model), [PROMPT])
+    token = chat.question[2]
+    embedding = model.embed.W_E[chat.tokens[token]]
+    near = embedding + 1e-5 * torch.ones_like(embedding)
+    slope, effect = (f(model, PROMPT, baseline=near).values[token] for f in (refusal_attribution, replacement_effects))
+    torch.testing.assert_close(slope, effect, rtol=1e-3, atol=0)
+    assert float(slope.abs()) > 1e-8

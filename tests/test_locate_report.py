@@ -63,6 +63,7 @@ def test_the_report_says_what_the_run_measured(whole: Any) -> None:
     assert "The search starts from [1, 2]: given." in page
     for curve in (*whole.curves.values(), *whole.base_curves.values()):
         assert f"{float(curve.gap.max()):.2f}" in page
+    assert "The search measures refusals on 4 harmless prompts" in page
     for digest in metrics["prompt_hashes"].values():
         assert digest in page
     for package, version in metrics["environment"]["packages"].items():

@@ -221,3 +221,18 @@ def test_the_dark_scheme_is_dark(open_html: Open) -> None:
         seen[scheme] = page.run("return getComputedStyle(document.body).backgroundColor")
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
     assert seen == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 27)"}
+
+
+def test_the_large_map_keeps_its_size_when_the_page_is_resized(open_html: Open) -> None:
+    """CircuitsVis' own box shrinks to nothing then, also where the page is printed."""
+    pattern, tokens = torch.rand(2, 8, 8), [f"token {index}" for index in range(8)]
+    page = open_html(SHELL.format(views_html([heads_view(pattern, tokens, "caption")])))
+    assert page.wait_for("canvas")
+    size = "return [...document.querySelectorAll('canvas')].pop().getBoundingClientRect().width"
+    for width in (1200, 390, 700):
+        command = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", command)
+        settled(page)
+        settled(page)
+        assert page.run(size) > 250
+    page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -12,7 +12,7 @@ from circuitsvis.attention import attention_heads
 from transformer_lens import HookedTransformer
 
 from safety_mech import encode_chat
-from safety_mech.attribution import refusal_attribution
+from safety_mech.attribution import refusal_attribution, replacement_effects
 from safety_mech.chat import tokenizer_of
 from safety_mech.views import (
     View,
@@ -63,9 +63,11 @@ def test_the_heads_view_has_the_pattern(tiny_model: HookedTransformer) -> None:
     assert "layer 3" in view.caption
 
 
-def test_the_attribution_view_has_the_attribution(tiny_model: HookedTransformer) -> None:
-    view = refusal_attribution_view(tiny_model, PROMPT)
-    found = refusal_attribution(tiny_model, PROMPT)
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_attribution_view_has_the_attribution(tiny_model: HookedTransformer, gradient: bool) -> None:
+    view = refusal_attribution_view(tiny_model, PROMPT, gradient=gradient)
+    found = (refusal_attribution if gradient else replacement_effects)(tiny_model, PROMPT)
+    assert ("gradient" in view.caption) == gradient
     assert view.component == "ColoredTokens"
     torch.testing.assert_close(torch.tensor(view.properties["values"]).double(), found.values, rtol=0, atol=5.1e-5)
     assert view.properties["maxValue"] == -view.properties["minValue"] == float(found.values.abs().max())
@@ -75,7 +77,7 @@ def test_the_attribution_view_has_the_attribution(tiny_model: HookedTransformer)
 def test_the_properties_are_those_of_the_package() -> None:
     """CircuitsVis' own call, with the same arguments, gives the same names to the component."""
     pattern = torch.tensor([[[1.0, 0.0], [0.25, 0.75]]])
-    theirs = attention_heads(pattern, ["a", "b"], ["head 0"], 1, -1, None, "#0072B2").local_src
+    theirs = attention_heads(pattern, ["a", "b"], ["H0"], 0.75, -1, None, "#0072B2").local_src
     (properties,) = re.findall(r'CircuitsVis\.AttentionHeads,\s*(\{"attention.*\})', theirs)
     assert json.loads(properties) == heads_view(pattern, ["a", "b"], "").properties
 
