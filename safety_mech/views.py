@@ -87,9 +87,10 @@ def refusal_attribution_view(
         what = "with the token, minus with its embedding replaced by the vocabulary's mean"
     caption = (
         f"Refusal log-odds {found.log_odds:.2f} nats. Orange: the token raises them, blue: it lowers them "
-        f"({what}; nats, shown under the pointer)."
+        f"({what}; nats, shown under the pointer). Full colour: the question's strongest token, or more."
     )
-    return tokens_view(found.tokens, found.values, caption)
+    question = found.values[found.question.start : found.question.stop]
+    return tokens_view(found.tokens, found.values, caption, scale=float(question.abs().max()))
 
 
 def heads_view(pattern: Float[Tensor, "head pos pos"], tokens: Sequence[str], caption: str) -> View:
@@ -114,9 +115,14 @@ def heads_view(pattern: Float[Tensor, "head pos pos"], tokens: Sequence[str], ca
     )
 
 
-def tokens_view(tokens: Sequence[str], values: Float[Tensor, " pos"], caption: str) -> View:
-    """CircuitsVis' `ColoredTokens`: orange above 0, blue below, white at 0, the same scale to both sides."""
-    scale = max(float(values.abs().max()), 10**-DECIMALS)
+def tokens_view(
+    tokens: Sequence[str], values: Float[Tensor, " pos"], caption: str, *, scale: float | None = None
+) -> View:
+    """CircuitsVis' `ColoredTokens`: orange above 0, blue below, white at 0, full colour at +-`scale` and beyond.
+
+    `scale`: default the largest absolute value.
+    """
+    scale = max(float(values.abs().max()) if scale is None else scale, 10**-DECIMALS)
     return View(
         "ColoredTokens",
         {

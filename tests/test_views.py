@@ -70,8 +70,15 @@ def test_the_attribution_view_has_the_attribution(tiny_model: HookedTransformer,
     assert ("gradient" in view.caption) == gradient
     assert view.component == "ColoredTokens"
     torch.testing.assert_close(torch.tensor(view.properties["values"]).double(), found.values, rtol=0, atol=5.1e-5)
-    assert view.properties["maxValue"] == -view.properties["minValue"] == float(found.values.abs().max())
     assert f"{found.log_odds:.2f} nats" in view.caption
+
+
+def test_full_colour_is_the_questions_strongest_token(tiny_model: HookedTransformer) -> None:
+    properties = refusal_attribution_view(tiny_model, PROMPT, gradient=True).properties
+    found = refusal_attribution(tiny_model, PROMPT)
+    strongest = float(found.values[list(found.question)].abs().max())
+    assert properties["maxValue"] == -properties["minValue"] == strongest
+    assert strongest < float(found.values.abs().max()), "else a scale over all tokens would pass"
 
 
 def test_the_properties_are_those_of_the_package() -> None:
