@@ -13,8 +13,8 @@ A word may be several tokens ("crip" + "ple", "neighbour" + "'s"); its attention
 - Shares depend on how many tokens a kind has: compare with `uniform`, what equal attention to every token would give.
 - The question's first token often draws attention whatever it says: its share is reported (`first`), and
   `skip_first` leaves it out of shares and `uniform` alike. By default it counts as the word it belongs to.
-- Some words are attention sinks, looked at whatever the question is about (in SmolLM2's layers 2 to 10 a "the"):
-  `skip_words` leaves words out in the same way.
+- Some words are attention sinks, looked at whatever the question is about (in layers 3 to 10 of SmolLM2-135M the
+  first "the" takes some 80 % where there is one): `skip_words` leaves words out in the same way.
 - Places differ: many questions begin with function words and end in content words and a mark. A layer that simply
   reads what stands nearest to the end therefore shows as one that reads content words.
 """
