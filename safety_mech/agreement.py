@@ -30,7 +30,10 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
-        return "undefined" if math.isnan(self.value) else f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+        if math.isnan(self.value):
+            return "undefined"
+        interval = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}{interval}"
 
 
 @dataclass(frozen=True)

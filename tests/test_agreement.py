@@ -91,6 +91,8 @@ def test_one_group_has_a_value_and_no_interval():
     found = mean_estimate([1.0, 2.0], ["a", "a"])
     assert found.value == 1.5
     assert math.isnan(found.low)
+    assert str(found) == "1.50"
+    assert str(Estimate(0.5, 0.25, 0.75)) == "0.50 [0.25, 0.75]"
 
 
 def test_mean_pairwise_iou_by_hand():
