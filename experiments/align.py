@@ -7,8 +7,6 @@ Malicious prompts are answered by short refusals, normal and a few borderline pr
 answers; low-rank updates of the chosen layers are all that is trained. Figures are on test splits never trained on.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +23,7 @@ from safety_mech.finetune import Pair, TrainRecord, fine_tune
 from safety_mech.models import find_source
 from safety_mech.organisms import AlignConfig, own_answer_pairs, refusal_pairs
 from safety_mech.prompts import prompt_hash, sample
-from safety_mech.results import check_writable, environment, kept, plain, write_json
+from safety_mech.results import check_writable, content_hash, environment, kept, plain, write_json
 
 DEFAULTS = AlignConfig()
 HELD_OUT_TOKENS = 32
@@ -116,8 +114,8 @@ def base_rates(model: HookedTransformer, tests: dict[str, list[str]], config: Al
 
 def base_file(what: str, prompts: list[str], settings: Sequence[object], config: AlignRun) -> Path:
     """Named by the model, the prompts and what else the content depends on."""
-    key = json.dumps([config.model, prompt_hash(prompts), *map(str, settings)])
-    return Path(config.out) / "base" / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key = content_hash(config.model, prompt_hash(prompts), *map(str, settings))
+    return Path(config.out) / "base" / f"{what}-{key}.json"
 
 
 def rates(model: HookedTransformer, tests: dict[str, list[str]]) -> dict[str, Rate]:

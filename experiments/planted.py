@@ -8,7 +8,6 @@ while locators are chosen and changed; HELD OUT ones (all second seeds, and two 
 A killed run goes on where it was: every finished (organism, locator) is a file in OUT/planted/MODEL/cells.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from align import main as align
 from matplotlib.figure import Figure
 
 import safety_mech as sm
+from safety_mech.adapters import adapter_hash
 from safety_mech.agreement import (
     Estimate,
     RangeScore,
@@ -37,7 +37,7 @@ from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
 from safety_mech.models import find_source
 from safety_mech.plots import BLUE, GREY, ORANGE, new_figure
 from safety_mech.prompts import prompt_hash
-from safety_mech.results import check_writable, kept, safe_name, write_run
+from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
 Role = Literal["design", "held out", "unlisted"]
 BASE_METHODS = ("gap_difference", "weight_change", "swap")
@@ -260,9 +260,8 @@ def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> I
 
 def cell_path(organism: Organism, method: str, prompts: PromptSets, config: PlantedConfig) -> Path:
     """Named by everything that the answer depends on, but for the code."""
-    weights = hashlib.sha256((organism.folder / "adapter_model.safetensors").read_bytes()).hexdigest()
-    parts = (config.model, weights, method, hashes(prompts), config.template, config.seed)
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    weights = adapter_hash(organism.folder)
+    digest = content_hash(config.model, weights, method, hashes(prompts), config.template, config.seed)
     return Path(config.out) / "planted" / safe_name(config.model) / "cells" / f"{organism.name}-{method}-{digest}.json"
 
 

@@ -9,7 +9,6 @@ is what the search says where there is nothing to find.
 A killed run goes on where it was: every finished condition is a file in OUT/ranges/MODEL/searches.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -23,12 +22,13 @@ from matplotlib.figure import Figure
 
 import safety_mech as sm
 from safety_mech import report
+from safety_mech.adapters import adapter_hash
 from safety_mech.command_line import run
 from safety_mech.models import BASE_OF, find_source
 from safety_mech.plots import BLUE, ORANGE, layer_axis, new_figure
 from safety_mech.prompts import prompt_hash
 from safety_mech.report import Section, report_page
-from safety_mech.results import check_writable, plain, safe_name, write_json, write_run
+from safety_mech.results import check_writable, content_hash, plain, safe_name, write_json, write_run
 
 
 @dataclass(frozen=True)
@@ -160,11 +160,9 @@ class Start:
 
 def digest(condition: Condition, config: RangesConfig, initial: sm.LayerRange | None, prompts: list[str]) -> str:
     """The name of a search's file: everything that its answer depends on (of the model: its name and adapter)."""
-    adapter = find_source(condition.model).adapter
-    weights = Path(adapter, "adapter_model.safetensors").read_bytes() if adapter else b""
+    adapter = adapter_hash(find_source(condition.model).adapter)
     numbers = (config.n_prompts, config.window, config.samples, config.seed)
-    parts = (asdict(condition), str(initial), *numbers, prompt_hash(prompts), hashlib.sha256(weights).hexdigest())
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    return content_hash(asdict(condition), str(initial), *numbers, prompt_hash(prompts), adapter)
 
 
 def search(model: Any, condition: Condition, start: Start, sets: dict[str, list[str]], config: RangesConfig) -> Answer:

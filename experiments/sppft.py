@@ -11,7 +11,6 @@
 A killed run goes on where it was: every finished cell is a file in OUT/sppft/MODEL/cells.
 """
 
-import hashlib
 import json
 import statistics
 import time
@@ -29,6 +28,8 @@ from transformer_lens import HookedTransformer
 
 import safety_mech as sm
 from safety_mech import report
+from safety_mech.adapters import adapter_hash
+from safety_mech.agreement import Estimate
 from safety_mech.attacks import (
     backdoor_data,
     harmful_data,
@@ -38,7 +39,7 @@ from safety_mech.attacks import (
     reverse_preferences,
 )
 from safety_mech.command_line import run
-from safety_mech.dose import Estimate, attack_cost, difference, dose_meter, estimate, refusals_kept
+from safety_mech.dose import attack_cost, difference, dose_meter, estimate, refusals_kept
 from safety_mech.evaluate import Rate, Responses, perplexity, refusal_rate, responses
 from safety_mech.export import export_transformers
 from safety_mech.finetune import Pair, StepRecord, TrainConfig, fine_tune
@@ -61,7 +62,7 @@ from safety_mech.organisms import REFUSALS, refusal_pairs
 from safety_mech.plots import plot_dose
 from safety_mech.prompts import prompt_hash, sample
 from safety_mech.report import Section, report_page
-from safety_mech.results import check_writable, kept, safe_name, write_run
+from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 from safety_mech.skill import rouge_l_scores
 
 CONTROLS = ("before", "after", "random")
@@ -260,10 +261,8 @@ def choose_rate(bench: Bench, attack: str) -> dict[str, Any]:
 
     def measure(rate: float) -> dict[str, Any]:
         bench.restore()
-        data, held_out = (
-            attack_data(bench, attack, seed=config.seeds),
-            held_out_data(bench, attack),
-        )  # a seed of its own
+        data = attack_data(bench, attack, seed=config.seeds)  # a seed that no cell has
+        held_out = held_out_data(bench, attack)
         record = fine_tune(bench.model, data, train_config(config, rate, 0), held_out=held_out, progress=False)
         return {"before": record.held_out_before, "after": record.held_out_after}
 
@@ -375,12 +374,10 @@ def as_lists(found: Responses) -> dict[str, list[Any]]:
 
 def digest(bench: Bench, *parts: Any) -> str:
     """What a cell's file is named by: everything that its numbers depend on."""
-    source = find_source(bench.config.model)
-    adapter = Path(source.adapter, "adapter_model.safetensors").read_bytes() if source.adapter else b""
+    adapter = adapter_hash(find_source(bench.config.model).adapter)
     settings = {name: value for name, value in asdict(bench.config).items() if name not in NOT_IN_A_CELL}
     texts = [*bench.malicious, *bench.over_rejection, *(text for pair in [*bench.train, *bench.test] for text in pair)]
-    content = (settings, str(bench.layers), prompt_hash(texts), hashlib.sha256(adapter).hexdigest(), *map(str, parts))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    return content_hash(settings, str(bench.layers), prompt_hash(texts), adapter, *map(str, parts))
 
 
 NOT_IN_A_CELL = ("range", "attacks", "methods", "seeds", "learning_rates", "save", "out")

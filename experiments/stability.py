@@ -13,8 +13,6 @@ As arXiv 2602.17696 does for other methods: regions found from different prompt 
 A killed run goes on where it was: every finished location is a file in OUT/stability/MODEL/cells.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,13 +24,14 @@ from typing import Any
 import torch
 
 import safety_mech as sm
+from safety_mech.adapters import adapter_hash
 from safety_mech.agreement import Estimate, mean_estimate, mean_pairwise_iou, overlap
 from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
 from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
 from safety_mech.models import BASE_OF, find_source
 from safety_mech.prompts import prompt_hash
-from safety_mech.results import check_writable, kept, safe_name, write_run
+from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
 BASE_METHODS = ("gap_difference", "swap")
 
@@ -171,12 +170,10 @@ def hashes(prompts: PromptSets) -> dict[str, str]:
 
 def cell_path(method: str, place: Place, base: str | None, config: StabilityConfig) -> Path:
     """Named by everything that the answer depends on, but for the code."""
-    adapter = find_source(config.model, config.adapter).adapter
-    weights = Path(adapter, "adapter_model.safetensors").read_bytes() if adapter else b""
+    adapter = adapter_hash(find_source(config.model, config.adapter).adapter)
     against = base if method in BASE_METHODS else None
     prompts = (hashes(place.prompts), place.prompts.template, place.prompts.seed)
-    parts = (config.model, hashlib.sha256(weights).hexdigest(), against, method, prompts)
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    digest = content_hash(config.model, adapter, against, method, prompts)
     return Path(config.out) / "stability" / safe_name(config.model) / "cells" / f"{method}-{digest}.json"
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from safety_mech.agreement import Estimate
 from safety_mech.evaluate import Responses, responses
 from safety_mech.finetune import StepRecord
 
@@ -30,15 +31,6 @@ class DosePoint:
 
     examples: int
     responses: Responses
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value and its interval; `inf` is "not within the doses measured"."""
-
-    value: float
-    low: float
-    high: float
 
 
 def dose_meter(
@@ -114,7 +106,10 @@ def estimate(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """A summary of the mean curve (over seeds and prompts), with its bootstrap interval over both."""
+    """A summary of the mean curve (over seeds and prompts), with its bootstrap interval over both.
+
+    `inf` is "not within the doses measured".
+    """
     samples = [summary(examples, curve) for curve in _resampled(refused, draws, seed)]
     return Estimate(summary(examples, _mean_curve(refused)), *_interval(samples, level))
 

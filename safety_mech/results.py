@@ -5,6 +5,7 @@ run leaves no half result.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -125,6 +126,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if isinstance(value, (str, int, bool, type(None))) else str(value)
+
+
+def content_hash(*parts: Any) -> str:
+    """First 16 hex digits of the SHA-256 of what JSON knows: names a file by everything that its content depends on."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:

@@ -7,6 +7,8 @@ import torch
 
 from safety_mech import TrainConfig, fine_tune
 from safety_mech.dose import attack_cost, difference, dose_meter, estimate, refusals_kept
+from safety_mech.evaluate import responses
+from safety_mech.finetune import StepRecord
 
 DOSES = torch.tensor([0.0, 10.0, 20.0, 40.0]).double()
 
@@ -92,20 +94,12 @@ def test_the_meter_reads_along_a_training(refusing_model, prompts) -> None:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(before[name])
-    untouched = float(dose_readings_of_nothing(model, prompts).log_odds.mean())
+    untouched = float(responses(model, prompts).log_odds.mean())
     assert len(set(log_odds)) == 4
     assert log_odds[-1] < untouched
 
 
-def dose_readings_of_nothing(model, prompts):
-    from safety_mech.evaluate import responses
-
-    return responses(model, prompts)
-
-
 def test_only_the_attackers_examples_are_counted(refusing_model, prompts) -> None:
-    from safety_mech.finetune import StepRecord
-
     points, read = dose_meter(refusing_model, prompts[:2], [4, 8], counted=lambda record: 4 * (record.step % 2))
     for step in range(4):
         read(StepRecord(step, 0.0, 0.0, 0.0, 4))

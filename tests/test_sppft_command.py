@@ -12,6 +12,7 @@ import pytest
 
 import safety_mech as sm
 from safety_mech.attacks import implicit_data
+from safety_mech.finetune import UNFINISHED
 
 PAIRS = [
     (f"{prompt} {n}", answer) for n in range(8) for prompt, answer in (("Name a fruit", "A pear."), ("Why?", "No."))
@@ -123,14 +124,8 @@ def test_attack_data_has_the_size_asked_for(script: ModuleType, config_for: Call
     bench = script.Bench(script.sm.load_model(""), sm.LayerRange(1, 1), config_for(), Path())
     assert [len(script.attack_data(bench, name, 0)) for name in ("normal", "implicit", "backdoor")] == [8, 8, 8]
     mixed = script.attack_data(bench, "harmful-0.5", 0)
-    assert (len(mixed), sum(answer.endswith(script_unfinished()) for _, answer in mixed)) == (7, 2)
+    assert (len(mixed), sum(answer.endswith(UNFINISHED) for _, answer in mixed)) == (7, 2)
     assert script.attack_data(bench, "normal", 0) != script.attack_data(bench, "normal", 1)
-
-
-def script_unfinished() -> str:
-    from safety_mech.finetune import UNFINISHED
-
-    return UNFINISHED
 
 
 def test_restoring_is_bit_for_bit(script: ModuleType, config_for: Callable[..., Any]) -> None:
