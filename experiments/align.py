@@ -42,6 +42,8 @@ class AlignRun:
     """Borderline harmless prompts that are answered in training."""
     epochs: int = DEFAULTS.train.epochs
     learning_rate: float = DEFAULTS.train.learning_rate
+    bfloat16: bool = DEFAULTS.train.bfloat16
+    """Train in bfloat16: faster only where its matrix products are (`lscpu` names amx_bf16, or a GPU)."""
     seed: int = 0
     extra: tuple[str, ...] = ()
     """More prompt sets to report refusals on, as in `locate.py --normal`."""
@@ -78,7 +80,13 @@ def main(config: AlignRun) -> Path:
 
 
 def recipe_of(config: AlignRun) -> AlignConfig:
-    train = replace(DEFAULTS.train, epochs=config.epochs, learning_rate=config.learning_rate, seed=config.seed)
+    train = replace(
+        DEFAULTS.train,
+        epochs=config.epochs,
+        learning_rate=config.learning_rate,
+        bfloat16=config.bfloat16,
+        seed=config.seed,
+    )
     planted = sm.LayerRange.parse(config.planted) if config.planted else None
     return replace(
         DEFAULTS,

@@ -21,6 +21,7 @@ from align import main as align
 from matplotlib.figure import Figure
 
 import safety_mech as sm
+from safety_mech import report
 from safety_mech.adapters import adapter_hash
 from safety_mech.agreement import (
     Estimate,
@@ -37,6 +38,7 @@ from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
 from safety_mech.models import find_source
 from safety_mech.plots import BLUE, GREY, ORANGE, new_figure
 from safety_mech.prompts import prompt_hash
+from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
 Role = Literal["design", "held out", "unlisted"]
@@ -66,6 +68,8 @@ class PlantedConfig:
     """Make the organisms of these lists that are missing: some minutes each."""
     epochs: int = AlignRun.epochs
     rank: int = AlignRun.rank
+    bfloat16: bool = AlignRun.bfloat16
+    """As in align.py."""
     methods: tuple[str, ...] = (*LOCATORS, *BASE_METHODS)
     n_prompts: int = 100
     """Normal and malicious test prompts, of each; and of matched pairs before those of unequal length are left out."""
@@ -133,6 +137,7 @@ def main(config: PlantedConfig) -> Path:
     n_layers = cells[0].n_layers
     text = "\n".join([organism_table(organisms), "", cell_table(cells, n_layers), "", summary_table(cells, n_layers)])
     print(f"\n{text}")
+    figures = {"centres": plot_centres(cells, n_layers), "scores": plot_scores(cells, n_layers)}
     written = write_run(
         config.out,
         "planted",
@@ -145,10 +150,10 @@ def main(config: PlantedConfig) -> Path:
             "prompt_hashes": hashes(prompts),
         },
         tensors={f"{c.organism.name}.{c.method}": c.found.scores for c in cells if c.found},
-        texts={"table.txt": text + "\n"},
-        figures={"centres": plot_centres(cells, n_layers), "scores": plot_scores(cells, n_layers)},
+        texts={"table.txt": text + "\n", "report.html": page_of(config, cells, text, figures, hashes(prompts))},
+        figures=figures,
     )
-    print(f"written: {written}/ (table.txt, metrics.json, tensors.safetensors, centres.png, scores.png)")
+    print(f"written: {written}/ (report.html, table.txt, metrics.json, tensors.safetensors, *.png)")
     return written
 
 
@@ -205,6 +210,7 @@ def train_missing(config: PlantedConfig) -> None:
                 planted=layers,
                 rank=config.rank,
                 epochs=config.epochs,
+                bfloat16=config.bfloat16,
                 seed=seed,
                 name=name,
                 out=config.adapters,
@@ -399,6 +405,35 @@ def summary_table(cells: Sequence[Cell], n_layers: int) -> str:
             lines.append((head + centres).rstrip())
         lines.append("")
     return "\n".join(lines).rstrip()
+
+
+def page_of(
+    config: PlantedConfig,
+    cells: Sequence[Cell],
+    text: str,
+    figures: dict[str, Figure],
+    prompt_hashes: dict[str, str],
+) -> str:
+    found = summaries(cells, cells[0].n_layers)
+    role = "held out" if "held out" in found else next(iter(found), None)
+    lead = "No organism refuses as the aligned model does: there is no summary."
+    if role:
+        best = max(
+            (name for name in found[role] if name not in GUESSES), key=lambda name: found[role][name]["iou"].value
+        )
+        lead = (
+            f"On {role} organisms the locator with the greatest mean IoU is {best}: {found[role][best]['iou']}; "
+            f"guessing the middle third gets {found[role]['middle third']['iou']}."
+        )
+    centres = "Found range over planted centre, a panel a locator; on the diagonal is the truth"
+    scores = "Scores by layer, a row an organism, a column a locator; the planted range is shaded"
+    sections = [
+        Section("Found against planted", [report.figure(figures["centres"], centres, wide=True)]),
+        Section("Tables", [report.fixed_width(text)]),
+        Section("Scores", [report.figure(figures["scores"], scores, wide=True)]),
+        report.settings_section(config, prompt_hashes),
+    ]
+    return report_page("Do locators find the layers where refusals were planted?", lead, sections)
 
 
 def plot_centres(cells: Sequence[Cell], n_layers: int) -> Figure:

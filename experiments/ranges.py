@@ -9,10 +9,10 @@ is what the search says where there is nothing to find.
 A killed run goes on where it was: every finished condition is a file in OUT/ranges/MODEL/searches.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from safety_mech.models import BASE_OF, find_source
 from safety_mech.plots import BLUE, ORANGE, layer_axis, new_figure
 from safety_mech.prompts import prompt_hash
 from safety_mech.report import Section, report_page
-from safety_mech.results import check_writable, content_hash, plain, safe_name, write_json, write_run
+from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,13 @@ def main(config: RangesConfig) -> Path:
     check_writable(config.out)
     conditions = list_conditions(config, base_name, list(sets))
     folder = Path(config.out) / "ranges" / safe_name(config.model) / "searches"
-    folder.mkdir(parents=True, exist_ok=True)
     models = {name: sm.load_model(name) for name in filter(None, (config.model, base_name))}
     starts = {template: Start.measure(models, config, base_name, template) for template in config.templates}
     answers = {}
     for number, condition in enumerate(conditions, 1):
         start = starts[condition.template]
         path = folder / f"{digest(condition, config, start.initial, sets[condition.prompts])}.json"
-        if not path.is_file():
-            answer = search(models[condition.model], condition, start, sets, config)
-            write_json(path, plain({"condition": condition, "answer": answer}))
-        answers[condition] = read_answer(path)
+        answers[condition] = answer_of(kept(path, partial(search_once, models, condition, start, sets, config)))
         print(f"{number}/{len(conditions)} {line_of(condition, answers[condition])}", flush=True)
     text = "\n".join([table(answers), "", overlap_table(answers, config.model)])
     print(f"\n{text}")
@@ -165,6 +161,13 @@ def digest(condition: Condition, config: RangesConfig, initial: sm.LayerRange | 
     return content_hash(asdict(condition), str(initial), *numbers, prompt_hash(prompts), adapter)
 
 
+def search_once(
+    models: dict[str, Any], condition: Condition, start: Start, sets: dict[str, list[str]], config: RangesConfig
+) -> dict[str, Any]:
+    """One search, with what it was for: a file of its own should say so."""
+    return {"condition": condition, "answer": search(models[condition.model], condition, start, sets, config)}
+
+
 def search(model: Any, condition: Condition, start: Start, sets: dict[str, list[str]], config: RangesConfig) -> Answer:
     if start.initial is None:
         return Answer(None, None, None, None, None, None, 0.0, None, "no gap that the rule accepts")
@@ -201,8 +204,9 @@ def search(model: Any, condition: Condition, start: Start, sets: dict[str, list[
     )
 
 
-def read_answer(path: Path) -> Answer:
-    values = json.loads(path.read_text("utf-8"))["answer"]
+def answer_of(record: dict[str, Any]) -> Answer:
+    """Out of a kept file."""
+    values = record["answer"]
     for name in ("found", "best", "initial"):
         values[name] = sm.LayerRange(**values[name]) if values[name] else None
     for name in ("start_interval", "end_interval"):
@@ -272,7 +276,7 @@ def page_of(
     sections = [
         Section("Answers", [report.figure(drawn, alt, wide=True), report.fixed_width(table(answers))]),
         Section("Agreement", [report.fixed_width(overlap_table(answers, config.model))]),
-        Section("Settings, prompt sets, versions", [report.settings_table(config), *report.provenance(prompt_hashes)]),
+        report.settings_section(config, prompt_hashes),
     ]
     return report_page(f"Located ranges of {config.model}", lead, sections)
 

@@ -66,6 +66,7 @@ from safety_mech.results import check_writable, content_hash, kept, safe_name, w
 from safety_mech.skill import rouge_l_scores
 
 CONTROLS = ("before", "after", "random")
+ALL_CONTROLS = "mean of the controls"
 METHODS = ("full", "sppft", *CONTROLS, "lisa", "neurons", "lora", "dpo", "dpo-sppft")
 LISA_STEPS = 4
 """Steps a state: short ones, for the whole training is short."""
@@ -163,7 +164,8 @@ def main(config: SppftConfig) -> Path:
         print(f"{number}/{len(cells)} {cell}  {line_of(results[cell])}", flush=True)
     rows = {(a, m): summarise(before, cells_of(results, a, m)) for a, m in product(config.attacks, methods)}
     against = {a: against_controls(before, results, a, methods) for a in config.attacks}
-    text = "\n".join([head_of(bench, before, rates), table(rows), "", *sentences(against, methods)])
+    said = sentences(against)
+    text = "\n".join([head_of(bench, before, rates), table(rows), "", *said])
     print(f"\n{text}")
     figure = plot_dose(dose_curves(before, results, config.attacks, methods), len(bench.malicious))
     hashes = {"malicious": prompt_hash(bench.malicious), "over_rejection": prompt_hash(bench.over_rejection)}
@@ -181,7 +183,7 @@ def main(config: SppftConfig) -> Path:
             "cells": [{**asdict(cell), **result} for cell, result in results.items()],
             "prompt_hashes": hashes,
         },
-        texts={"table.txt": text + "\n", "report.html": page_of(bench, text, figure, hashes)},
+        texts={"table.txt": text + "\n", "report.html": page_of(bench, said, text, figure, hashes)},
         figures={"dose": figure},
     )
     print(f"written: {written}/ (report.html, table.txt, metrics.json, config.json, dose.png)")
@@ -195,6 +197,11 @@ def check_config(config: SppftConfig) -> None:
     for name in ("seeds", "n_examples", "batch_size", "n_malicious", "n_over_rejection", "n_held_out", "answer_tokens"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
+    if config.n_examples <= config.batch_size:
+        raise ValueError(
+            f"n_examples = {config.n_examples} are one step of batch_size = {config.batch_size}: expected at least two "
+            "steps, for a dose-response"
+        )
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise ValueError(f"method {unknown[0]!r}: expected one of {', '.join(METHODS)}")
     if not config.methods or not config.attacks or not config.learning_rates:
@@ -463,7 +470,7 @@ def against_controls(
     found = {name: difference(refusals_kept, doses, own, [values]) for name, values in others.items()}
     controls = [values for name, values in others.items() if name in CONTROLS]
     if controls:
-        found["mean of the controls"] = difference(refusals_kept, doses, own, controls)
+        found[ALL_CONTROLS] = difference(refusals_kept, doses, own, controls)
     return found
 
 
@@ -517,7 +524,7 @@ def number(value: Estimate, digits: int) -> str:
     return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
-def sentences(against: dict[str, dict[str, Estimate]], methods: Sequence[str]) -> list[str]:
+def sentences(against: dict[str, dict[str, Estimate]]) -> list[str]:
     """Whether SPPFT protects better than freezing as many layers elsewhere, attack by attack."""
     lines = []
     for attack, found in against.items():
@@ -545,12 +552,13 @@ def dose_curves(
     return curves
 
 
-def page_of(bench: Bench, text: str, drawn: Figure, hashes: dict[str, str]) -> str:
+def page_of(bench: Bench, said: Sequence[str], text: str, drawn: Figure, hashes: dict[str, str]) -> str:
+    verdicts = [report.text(sentence) for sentence in said if ALL_CONTROLS in sentence]
     alt = "Share of malicious prompts refused and mean refusal log-odds, by examples of the attack; one line a method"
     sections = [
-        Section("Dose and response", [report.figure(drawn, alt, wide=True)]),
+        Section("Dose and response", [*verdicts, report.figure(drawn, alt, wide=True)]),
         Section("Table", [report.fixed_width(text)]),
-        Section("Settings, prompt sets, versions", [report.settings_table(bench.config), *report.provenance(hashes)]),
+        report.settings_section(bench.config, hashes),
     ]
     lead = f"What is left of refusals after fine-tuning {bench.config.model}, with layers {bench.layers} frozen or not."
     return report_page(f"SPPFT on {bench.config.model}", lead, sections)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import safety_mech as sm
+from safety_mech import report
 from safety_mech.adapters import adapter_hash
 from safety_mech.agreement import Estimate, mean_estimate, mean_pairwise_iou, overlap
 from safety_mech.chat import check_template_name
@@ -31,6 +32,7 @@ from safety_mech.command_line import run
 from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
 from safety_mech.models import BASE_OF, find_source
 from safety_mech.prompts import prompt_hash
+from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
 BASE_METHODS = ("gap_difference", "swap")
@@ -111,9 +113,9 @@ def main(config: StabilityConfig) -> Path:
             "overlaps": rows,
             "prompt_hashes": {place.name: hashes(place.prompts) for place in places},
         },
-        texts={"table.txt": text + "\n"},
+        texts={"table.txt": text + "\n", "report.html": page_of(config, rows, text, places)},
     )
-    print(f"written: {written}/ (table.txt, metrics.json)")
+    print(f"written: {written}/ (report.html, table.txt, metrics.json)")
     return written
 
 
@@ -236,6 +238,15 @@ def table(rows: Sequence[Overlap]) -> str:
         answers = ", ".join(row.answers[:5]) + more
         lines.append(f"{row.method:<16}{row.comparison:<26}{row.iou!s:<22}{row.pairs:>6}  {answers}")
     return "\n".join(lines)
+
+
+def page_of(config: StabilityConfig, rows: Sequence[Overlap], text: str, places: Sequence[Place]) -> str:
+    halves = [row for row in rows if row.comparison == "disjoint halves"]
+    parts = "; ".join(f"{row.method} {row.iou}" for row in halves)
+    lead = f"IoU of the ranges found from disjoint halves of the prompts, mean and 95 % interval: {parts}."
+    shown = {f"{place.name}: {name}": digest for place in places for name, digest in hashes(place.prompts).items()}
+    sections = [Section("Overlaps", [report.fixed_width(text)]), report.settings_section(config, shown)]
+    return report_page(f"Does a locator answer the same again on {config.model}?", lead, sections)
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def page_of(
         Section(
             "Pictures", [report.figure(figures["attention"], one), report.figure(figures["twins"], twins, wide=True)]
         ),
-        Section("Settings, prompt sets, versions", [report.settings_table(config), *report.provenance(prompt_hashes)]),
+        report.settings_section(config, prompt_hashes),
     ]
     return report_page(f"What {config.model} attends to", lead[0].upper() + lead[1:] + ".", sections)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
+from safety_mech import report
 from safety_mech.agreement import Estimate
 from safety_mech.chat import check_template_name, encode_chat, tokenizer_of
 from safety_mech.command_line import run
@@ -29,6 +30,7 @@ from safety_mech.divergence import angle_matrix, labelled_gaps
 from safety_mech.models import BASE_OF, find_source
 from safety_mech.plots import STYLES, layer_axis, new_figure
 from safety_mech.prompts import prompt_hash, shipped_rows
+from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, write_run
 
 Samples = Float[Tensor, " sample"]
@@ -113,6 +115,7 @@ def main(config: ValidityConfig) -> Path:
     rows = survivals(own, base, layer)
     text = table(rows, own.raw, layer, matched)
     print(text)
+    figure = plot_controls(curves)
     written = write_run(
         config.out,
         "validity",
@@ -132,10 +135,10 @@ def main(config: ValidityConfig) -> Path:
             for leaf in ("gap", "low", "high", "samples", "null")
         }
         | {f"{name}.topics.{part}": getattr(c, part) for name, c in curves.items() for part in ("halves", "single")},
-        texts={"table.txt": text + "\n"},
-        figures={"controls": plot_controls(curves)},
+        texts={"table.txt": text + "\n", "report.html": page_of(config, rows, text, figure, sets.hashes())},
+        figures={"controls": figure},
     )
-    print(f"written: {written}/ (table.txt, metrics.json, tensors.safetensors, controls.png)")
+    print(f"written: {written}/ (report.html, table.txt, metrics.json, tensors.safetensors, controls.png)")
     return written
 
 
@@ -246,6 +249,22 @@ def table(rows: list[Survival], raw: sm.GapCurve, layer: int, matched: Matched) 
         f"share of words in common {matched.shared_words:.2f} (sets: {matched.shared_words_before:.2f})"
     )
     return "\n".join(lines)
+
+
+def page_of(
+    config: ValidityConfig, rows: list[Survival], text: str, drawn: Figure, prompt_hashes: Mapping[str, str]
+) -> str:
+    raw, least = rows[0], rows[-1]
+    lead = (
+        f"Of a raw gap of {raw.left} degrees, the control that leaves least leaves {least.left} ({least.share} of it); "
+        "95 % intervals."
+    )
+    alt = "Gap by layer, a panel a model: all prompts, matched pairs, matched words, and the bands that need no harm"
+    sections = [
+        Section("The gap under its controls", [report.figure(drawn, alt, wide=True), report.fixed_width(text)]),
+        report.settings_section(config, prompt_hashes),
+    ]
+    return report_page(f"How much of the gap of {config.model} is harm?", lead, sections)
 
 
 def plot_controls(curves: Mapping[str, ModelCurves]) -> Figure:

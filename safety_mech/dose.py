@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from safety_mech.agreement import Estimate
+from safety_mech.agreement import Estimate, resampled_counts
 from safety_mech.evaluate import Responses, responses
 from safety_mech.finetune import StepRecord
 
@@ -143,10 +143,8 @@ def _resampled(refused: Float[Tensor, "seed point prompt"], draws: int, seed: in
     """Mean curves of samples of seeds and of prompts, both with replacement."""
     generator = torch.Generator().manual_seed(seed)
     n_seeds, _, n_prompts = refused.shape
-    seeds = torch.randint(n_seeds, (draws, n_seeds), generator=generator)
-    prompts = torch.randint(n_prompts, (draws, n_prompts), generator=generator)
-    of_seeds = torch.stack([torch.bincount(row, minlength=n_seeds) for row in seeds]).double() / n_seeds
-    of_prompts = torch.stack([torch.bincount(row, minlength=n_prompts) for row in prompts]).double() / n_prompts
+    of_seeds = resampled_counts(draws, n_seeds, generator) / n_seeds
+    of_prompts = resampled_counts(draws, n_prompts, generator) / n_prompts
     return torch.einsum("bs,spq,bq->bp", of_seeds, refused.double(), of_prompts)
 
 

@@ -68,9 +68,7 @@ def locate_report(
         Section("What scaling a range does to refusals", _search(found, unit, figures.get("sweeps"))),
         Section("Answers before and while scaling", _examples(found, config.recipe, examples)),
         Section("Where the model looks, and which tokens move its refusal", _pictures(figures.get("attention"), views)),
-        Section(
-            "Settings, prompt sets, versions", [report.settings_table(config), *report.provenance(prompt_hashes, sizes)]
-        ),
+        report.settings_section(config, prompt_hashes, sizes),
     ]
     lead = search_sentence(found) if found else gap_sentence(curves["prompts"], initial["prompts"], samples["prompts"])
     return report.report_page(f"Safety layers of {config.model}", _sentence(lead), sections)

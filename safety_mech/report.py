@@ -160,6 +160,11 @@ def folded(summary: str, *blocks: Markup) -> Markup:
     return Markup("<details>\n<summary>{}</summary>\n{}\n</details>").format(summary, _lines(blocks))
 
 
+def settings_section(config: Any, prompt_hashes: Mapping[str, str], sizes: Mapping[str, int] | None = None) -> Section:
+    """The last section of every run's page: what the same numbers need."""
+    return Section("Settings, prompt sets, versions", [settings_table(config), *provenance(prompt_hashes, sizes)])
+
+
 def settings_table(config: Any) -> Markup:
     """The run's config, one line a flag."""
     return table(["setting", "value"], [[name, _shown(value)] for name, value in plain(config).items()], "Settings")

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from safety_mech.agreement import resampled_counts
 from safety_mech.attention import QuestionAttention
 
 Kind = Literal["function", "content", "punctuation"]
@@ -180,8 +181,7 @@ def mean_interval(
     n = len(values)
     if n < 2:
         raise ValueError(f"{n} prompts: expected at least 2 for an interval")
-    drawn = torch.randint(n, (samples, n), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(samples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(samples, n).double())
+    counts = resampled_counts(samples, n, torch.Generator().manual_seed(seed))
     means = torch.tensordot(counts, values.double(), dims=1) / n
     low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0)
     return values.double().mean(dim=0), low, high

@@ -69,7 +69,10 @@ def test_every_locator_on_every_organism(planted, config_for, capsys):
     roles = {(o["planted"]["start"], o["seed"]): o["role"] for o in metrics["organisms"]}
     assert roles == {(0, 0): "design", (0, 1): "held out", (2, 0): "held out", (2, 1): "held out"}
     assert len(metrics["cells"]) == 4 * len(METHODS)
-    assert {"table.txt", "centres.png", "scores.png", "tensors.safetensors"} <= {p.name for p in folder.iterdir()}
+    files = {p.name for p in folder.iterdir()}
+    assert {"report.html", "table.txt", "centres.png", "scores.png", "tensors.safetensors"} <= files
+    page = (folder / "report.html").read_text("utf-8")
+    assert "On held out organisms the locator with the greatest mean IoU is weight_change: 1.00" in page
     exact = metrics["summary"]["all"]["weight_change"]  # who has the base sees the planted layers
     assert exact["iou"]["value"] == 1.0
     assert (exact["start_error"], exact["end_error"], exact["centre_hits"]) == (0.0, 0.0, 4)

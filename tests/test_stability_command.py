@@ -45,6 +45,7 @@ def test_every_method_at_every_place_and_not_twice(stability, config_for, monkey
     monkeypatch.setattr(sm, "load_model", lambda *_, **__: pytest.fail("located again"))
     again = stability.main(config_for())
     assert (again / "table.txt").read_text() == (folder / "table.txt").read_text()
+    assert "from disjoint halves of the prompts" in (again / "report.html").read_text("utf-8")
     with pytest.raises(pytest.fail.Exception, match="located again"):  # control
         stability.main(config_for(seed=1))
 

@@ -58,7 +58,11 @@ def test_every_control_has_a_line(validity, config_for, llama_folder, capsys):
     assert controls[-1].startswith("all of them (the least: ")
     assert metrics["matched"]["length_difference"] == 0.0
     assert metrics["matched"]["shared_words"] > metrics["matched"]["shared_words_before"]
-    assert {"controls.png", "table.txt", "tensors.safetensors"} <= {path.name for path in folder.iterdir()}
+    files = {path.name for path in folder.iterdir()}
+    assert {"report.html", "controls.png", "table.txt", "tensors.safetensors"} <= files
+    raw = metrics["survival"][0]["left"]
+    page = (folder / "report.html").read_text("utf-8")
+    assert f"Of a raw gap of {raw['value']:.2f} [{raw['low']:.2f}, {raw['high']:.2f}] degrees" in page
     assert "what is left of it there" in capsys.readouterr().out
 
 
