@@ -25,7 +25,7 @@ from safety_mech import report
 from safety_mech.adapters import adapter_hash
 from safety_mech.command_line import run
 from safety_mech.models import BASE_OF, find_source
-from safety_mech.plots import BLUE, ORANGE, layer_axis, new_figure
+from safety_mech.plots import BLUE, GREY, ORANGE, layer_axis, new_figure
 from safety_mech.prompts import prompt_hash
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
@@ -66,6 +66,9 @@ class Condition:
     prompts: str
 
 
+TITLE = (
+    "located range and 90 % bootstrap intervals of its ends\nwhite: no more than noise; grey: where the search starts"
+)
 FACTORS = tuple(field.name for field in fields(Condition) if field.name != "model")
 
 
@@ -219,7 +222,7 @@ def answer_of(record: dict[str, Any]) -> Answer:
 
 def line_of(condition: Condition, answer: Answer) -> str:
     head = f"{condition.model:<23}{condition.recipe:<10}{condition.alpha:<7}{condition.measure:<10}"
-    head += f"{condition.template:<8}{condition.prompts:<22}"
+    head += f"{condition.template:<10}{condition.prompts:<22}"
     if answer.best is None:
         return f"{head}{answer.reason}"
     spans = f"{list(answer.start_interval or ())!s:<10}{list(answer.end_interval or ())!s:<10}"
@@ -228,7 +231,7 @@ def line_of(condition: Condition, answer: Answer) -> str:
 
 
 def table(answers: dict[Condition, Answer]) -> str:
-    head = f"{'model':<23}{'recipe':<10}{'alpha':<7}{'measure':<10}{'template':<8}{'prompts':<22}"
+    head = f"{'model':<23}{'recipe':<10}{'side':<7}{'measure':<10}{'template':<10}{'prompts':<22}"
     head += f"{'alpha':<7}{'range':<10}{'start 90%':<10}{'end 90%':<10}{'same':>5}"
     return "\n".join([head, *(line_of(condition, answer) for condition, answer in answers.items())])
 
@@ -282,7 +285,7 @@ def page_of(
 
 
 def plot_answers(answers: dict[Condition, Answer], n_layers: int) -> Figure:
-    """One bar a condition, from start to end, with the 90 % intervals of both; hollow: no more than noise."""
+    """One bar a condition, from start to end, with the 90 % intervals of both."""
     figure, (ax,) = new_figure(width=9.0, height=1.2 + 0.22 * len(answers))
     models = list(dict.fromkeys(condition.model for condition in answers))
     labels = []
@@ -291,8 +294,10 @@ def plot_answers(answers: dict[Condition, Answer], n_layers: int) -> Figure:
         labels.append(" · ".join(str(getattr(condition, name)) for name in ("model", *FACTORS)))
         if answer.best is None:
             continue
+        if answer.initial is not None:
+            ax.barh(row, answer.initial.width, left=answer.initial.start - 0.5, height=1.0, color=GREY, alpha=0.3)
         left, width = answer.best.start - 0.5, answer.best.width
-        filled = color if answer.found else "none"
+        filled = color if answer.found else "white"
         ax.barh(row, width, left=left, height=0.6, color=filled, edgecolor=color, alpha=0.75)
         for interval in (answer.start_interval, answer.end_interval):
             if interval:
@@ -300,7 +305,7 @@ def plot_answers(answers: dict[Condition, Answer], n_layers: int) -> Figure:
     ax.set_yticks(range(len(labels)), labels, fontsize=6)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     layer_axis(ax, n_layers)
-    ax.set_title("located range and 90 % bootstrap intervals of its ends (hollow: no more than noise)", fontsize=9)
+    figure.suptitle(TITLE, fontsize=9)
     return figure
 
 
