@@ -139,7 +139,7 @@ def plot_grid(grid: Tensor, found: LayerRange | None, unit: str, best: LayerRang
     if best is not None and best != found:
         _mark_cell(ax, best, "D", f"best of the grid, no wider: {best}")
     if found is not None or best is not None:
-        ax.legend(loc="lower right", fontsize=8)
+        ax.legend(loc="upper left", fontsize=8, frameon=False)
     ax.set_xlabel("end of the scaled range (layer)")
     ax.set_ylabel("start of the scaled range (layer)")
     return figure
