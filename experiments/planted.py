@@ -37,7 +37,6 @@ from safety_mech.command_line import run
 from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
 from safety_mech.models import find_source
 from safety_mech.plots import BLUE, GREY, ORANGE, new_figure
-from safety_mech.prompts import prompt_hash
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
@@ -135,7 +134,8 @@ def main(config: PlantedConfig) -> Path:
             cells.append(cell)
             print(line_of(cell), flush=True)
     n_layers = cells[0].n_layers
-    text = "\n".join([organism_table(organisms), "", cell_table(cells, n_layers), "", summary_table(cells, n_layers)])
+    found, prompt_hashes = summaries(cells, n_layers), prompts.hashes()
+    text = "\n".join([organism_table(organisms), "", cell_table(cells, n_layers), "", summary_table(found)])
     print(f"\n{text}")
     figures = {"centres": plot_centres(cells, n_layers), "scores": plot_scores(cells, n_layers)}
     written = write_run(
@@ -146,11 +146,11 @@ def main(config: PlantedConfig) -> Path:
         metrics={
             "organisms": [{**asdict(o), "passes": o.passes} for o in organisms],
             "cells": [cell_record(cell) for cell in cells],
-            "summary": summaries(cells, n_layers),
-            "prompt_hashes": hashes(prompts),
+            "summary": found,
+            "prompt_hashes": prompt_hashes,
         },
         tensors={f"{c.organism.name}.{c.method}": c.found.scores for c in cells if c.found},
-        texts={"table.txt": text + "\n", "report.html": page_of(config, cells, text, figures, hashes(prompts))},
+        texts={"table.txt": text + "\n", "report.html": page_of(config, found, text, figures, prompt_hashes)},
         figures=figures,
     )
     print(f"written: {written}/ (report.html, table.txt, metrics.json, tensors.safetensors, *.png)")
@@ -248,12 +248,6 @@ def load_sets(config: PlantedConfig) -> PromptSets:
     )
 
 
-def hashes(prompts: PromptSets) -> dict[str, str]:
-    pairs = [text for pair in prompts.pairs for text in (pair.malicious, pair.normal)]
-    sets = {"normal": prompts.normal, "malicious": prompts.malicious, "over_rejection": prompts.over_rejection}
-    return {name: prompt_hash(texts) for name, texts in {**sets, "pairs": pairs}.items()}
-
-
 def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> Iterator[Cell]:
     """All locators on one organism; models are loaded only if a cell is missing."""
     models: dict[str, Any] = {}
@@ -267,7 +261,7 @@ def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> I
 def cell_path(organism: Organism, method: str, prompts: PromptSets, config: PlantedConfig) -> Path:
     """Named by everything that the answer depends on, but for the code."""
     weights = adapter_hash(organism.folder)
-    digest = content_hash(config.model, weights, method, hashes(prompts), config.template, config.seed)
+    digest = content_hash(config.model, weights, method, prompts.hashes(), config.template, config.seed)
     return Path(config.out) / "planted" / safe_name(config.model) / "cells" / f"{organism.name}-{method}-{digest}.json"
 
 
@@ -388,9 +382,9 @@ def mean_abs(errors: Sequence[int | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def summary_table(cells: Sequence[Cell], n_layers: int) -> str:
+def summary_table(found: dict[str, dict[str, Summary]]) -> str:
     lines = []
-    for role, table in summaries(cells, n_layers).items():
+    for role, table in found.items():
         lines += [
             f"{role} organisms: mean with 95 % interval over planted ranges",
             f"{'locator':<16}{'n':>3}  {'IoU':<18}{'|start|':>8}{'|end|':>7}{'centre':>8}  "
@@ -409,12 +403,11 @@ def summary_table(cells: Sequence[Cell], n_layers: int) -> str:
 
 def page_of(
     config: PlantedConfig,
-    cells: Sequence[Cell],
+    found: dict[str, dict[str, Summary]],
     text: str,
     figures: dict[str, Figure],
     prompt_hashes: dict[str, str],
 ) -> str:
-    found = summaries(cells, cells[0].n_layers)
     role = "held out" if "held out" in found else next(iter(found), None)
     lead = "No organism refuses as the aligned model does: there is no summary."
     if role:

@@ -66,9 +66,6 @@ class Condition:
     prompts: str
 
 
-TITLE = (
-    "located range and 90 % bootstrap intervals of its ends\nwhite: no more than noise; grey: where the search starts"
-)
 FACTORS = tuple(field.name for field in fields(Condition) if field.name != "model")
 
 
@@ -305,7 +302,8 @@ def plot_answers(answers: dict[Condition, Answer], n_layers: int) -> Figure:
     ax.set_yticks(range(len(labels)), labels, fontsize=6)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     layer_axis(ax, n_layers)
-    figure.suptitle(TITLE, fontsize=9)
+    legend = "white: no more than noise; grey: where the search starts"
+    figure.suptitle(f"located range and 90 % bootstrap intervals of its ends\n{legend}", fontsize=9)
     return figure
 
 

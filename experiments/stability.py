@@ -31,7 +31,6 @@ from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
 from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
 from safety_mech.models import BASE_OF, find_source
-from safety_mech.prompts import prompt_hash
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
@@ -101,6 +100,7 @@ def main(config: StabilityConfig) -> Path:
     rows = [row for method in methods for row in overlaps(method, answers, places, config)]
     text = table(rows)
     print(f"\n{text}")
+    prompt_hashes = {place.name: place.prompts.hashes() for place in places}
     written = write_run(
         config.out,
         "stability",
@@ -111,9 +111,9 @@ def main(config: StabilityConfig) -> Path:
                 f"{m}, {place}": located.to_plain() if located else None for (m, place), located in answers.items()
             },
             "overlaps": rows,
-            "prompt_hashes": {place.name: hashes(place.prompts) for place in places},
+            "prompt_hashes": prompt_hashes,
         },
-        texts={"table.txt": text + "\n", "report.html": page_of(config, rows, text, places)},
+        texts={"table.txt": text + "\n", "report.html": page_of(config, rows, text, prompt_hashes)},
     )
     print(f"written: {written}/ (report.html, table.txt, metrics.json)")
     return written
@@ -164,17 +164,11 @@ def half_of(prompts: PromptSets, seed: int, side: int) -> PromptSets:
     return replace(prompts, **parts)
 
 
-def hashes(prompts: PromptSets) -> dict[str, str]:
-    twins = [text for pair in prompts.pairs for text in (pair.malicious, pair.normal)]
-    sets = {"normal": prompts.normal, "malicious": prompts.malicious, "over_rejection": prompts.over_rejection}
-    return {name: prompt_hash(texts) for name, texts in {**sets, "pairs": twins}.items()}
-
-
 def cell_path(method: str, place: Place, base: str | None, config: StabilityConfig) -> Path:
     """Named by everything that the answer depends on, but for the code."""
     adapter = adapter_hash(find_source(config.model, config.adapter).adapter)
     against = base if method in BASE_METHODS else None
-    prompts = (hashes(place.prompts), place.prompts.template, place.prompts.seed)
+    prompts = (place.prompts.hashes(), place.prompts.template, place.prompts.seed)
     digest = content_hash(config.model, adapter, against, method, prompts)
     return Path(config.out) / "stability" / safe_name(config.model) / "cells" / f"{method}-{digest}.json"
 
@@ -240,11 +234,13 @@ def table(rows: Sequence[Overlap]) -> str:
     return "\n".join(lines)
 
 
-def page_of(config: StabilityConfig, rows: Sequence[Overlap], text: str, places: Sequence[Place]) -> str:
+def page_of(
+    config: StabilityConfig, rows: Sequence[Overlap], text: str, prompt_hashes: dict[str, dict[str, str]]
+) -> str:
     halves = [row for row in rows if row.comparison == "disjoint halves"]
     parts = "; ".join(f"{row.method} {row.iou}" for row in halves)
     lead = f"IoU of the ranges found from disjoint halves of the prompts, mean and 95 % interval: {parts}."
-    shown = {f"{place.name}: {name}": digest for place in places for name, digest in hashes(place.prompts).items()}
+    shown = {f"{place}: {name}": digest for place, of_sets in prompt_hashes.items() for name, digest in of_sets.items()}
     sections = [Section("Overlaps", [report.fixed_width(text)]), report.settings_section(config, shown)]
     return report_page(f"Does a locator answer the same again on {config.model}?", lead, sections)
 

@@ -115,7 +115,7 @@ def main(config: ValidityConfig) -> Path:
     rows = survivals(own, base, layer)
     text = table(rows, own.raw, layer, matched)
     print(text)
-    figure = plot_controls(curves)
+    figure, prompt_hashes = plot_controls(curves), sets.hashes()
     written = write_run(
         config.out,
         "validity",
@@ -126,7 +126,7 @@ def main(config: ValidityConfig) -> Path:
             "survival": rows,
             "matched": matched,
             "p_any": {name: {part: getattr(c, part).p_any for part in CURVES} for name, c in curves.items()},
-            "prompt_hashes": sets.hashes(),
+            "prompt_hashes": prompt_hashes,
         },
         tensors={
             f"{name}.{part}.{leaf}": getattr(getattr(c, part), leaf)
@@ -135,7 +135,7 @@ def main(config: ValidityConfig) -> Path:
             for leaf in ("gap", "low", "high", "samples", "null")
         }
         | {f"{name}.topics.{part}": getattr(c, part) for name, c in curves.items() for part in ("halves", "single")},
-        texts={"table.txt": text + "\n", "report.html": page_of(config, rows, text, figure, sets.hashes())},
+        texts={"table.txt": text + "\n", "report.html": page_of(config, rows, text, figure, prompt_hashes)},
         figures={"controls": figure},
     )
     print(f"written: {written}/ (report.html, table.txt, metrics.json, tensors.safetensors, controls.png)")

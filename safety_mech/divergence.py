@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from safety_mech.agreement import resampled_counts
+
 Angles = Float[Tensor, "layer prompt prompt"]
 
 
@@ -224,18 +226,18 @@ def _bootstrap_gaps(
     angles: Angles, n: int, paired: bool, samples: int, generator: torch.Generator
 ) -> Float[Tensor, "sample layer"]:
     m = angles.shape[1] - n
-    counts_n = _resampled_counts(samples, n, generator)
-    counts_m = counts_n if paired else _resampled_counts(samples, m, generator)
+    counts_n = _pairable_counts(samples, n, generator)
+    counts_m = counts_n if paired else _pairable_counts(samples, m, generator)
     zeros_n, zeros_m = torch.zeros(samples, n).double(), torch.zeros(samples, m).double()
     return _weighted_gaps(angles, torch.cat([counts_n, zeros_m], 1), torch.cat([zeros_n, counts_m], 1), paired)
 
 
-def _resampled_counts(samples: int, n: int, generator: torch.Generator) -> Float[Tensor, "sample prompt"]:
-    """Multinomial weights; a draw of one prompt only has no pair of different prompts and is drawn again."""
-    drawn = torch.randint(n, (samples, n), generator=generator)
-    while (alone := (drawn == drawn[:, :1]).all(dim=1)).any():
-        drawn[alone] = torch.randint(n, (int(alone.sum()), n), generator=generator)
-    return torch.zeros(samples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(samples, n).double())
+def _pairable_counts(samples: int, n: int, generator: torch.Generator) -> Float[Tensor, "sample prompt"]:
+    """How often each prompt is drawn; a draw of one prompt only has no pair of different ones and is drawn again."""
+    counts = resampled_counts(samples, n, generator)
+    while (alone := (counts == n).any(dim=1)).any():
+        counts[alone] = resampled_counts(int(alone.sum()), n, generator)
+    return counts
 
 
 def _permuted_labels(

@@ -40,7 +40,7 @@ from safety_mech.locate import SafetyLayers, direction_of, grid_best, locate_by_
 from safety_mech.margin import PARTS, finite_slopes, log_odds_slopes, margin
 from safety_mech.onset import DIFFERENCE_RULE, initial_range, initial_range_samples
 from safety_mech.patching import equal_length_twins, patch_twins
-from safety_mech.prompts import PromptPair
+from safety_mech.prompts import PromptPair, prompt_hash
 from safety_mech.refusal import openings_in_use
 from safety_mech.residuals import last_token_residuals
 from safety_mech.segments import best_ranges, best_segment
@@ -72,6 +72,12 @@ class PromptSets:
         if self.openings is not None:
             return self
         return replace(self, openings=openings_in_use(model, self.malicious, self.template))
+
+    def hashes(self) -> dict[str, str]:
+        """Of every set: what a kept answer is named by."""
+        twins = [text for pair in self.pairs for text in (pair.malicious, pair.normal)]
+        sets = {"normal": self.normal, "malicious": self.malicious, "over_rejection": self.over_rejection}
+        return {name: prompt_hash(texts) for name, texts in {**sets, "pairs": twins}.items()}
 
 
 @dataclass(frozen=True)

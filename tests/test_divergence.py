@@ -14,8 +14,8 @@ from safety_mech.divergence import (
     GapCurve,
     _bootstrap_gaps,
     _p_values,
+    _pairable_counts,
     _permuted_labels,
-    _resampled_counts,
     angle_matrix,
     gap_curve,
     labelled_gaps,
@@ -212,8 +212,8 @@ def test_bootstrap_equals_resampling_by_loops(paired):
     normal, malicious = random_sets(4, n=n, m=m, layers=2)
     found = _bootstrap_gaps(angle_matrix(torch.cat([normal, malicious])), n, paired, 20, seeded())
     generator = seeded()
-    counts_n = _resampled_counts(20, n, generator).long()
-    counts_m = counts_n if paired else _resampled_counts(20, m, generator).long()
+    counts_n = _pairable_counts(20, n, generator).long()
+    counts_m = counts_n if paired else _pairable_counts(20, m, generator).long()
     for sample, layer in itertools.product(range(20), range(2)):
         drawn_n = [(i, normal[i, layer]) for i in range(n) for _ in range(counts_n[sample, i])]
         drawn_m = [(i, malicious[i, layer]) for i in range(m) for _ in range(counts_m[sample, i])]
@@ -228,8 +228,8 @@ def test_twins_are_resampled_together():
     assert not torch.allclose(together, apart)
 
 
-def test_resampled_counts_are_draws_with_replacement():
-    counts = _resampled_counts(4000, 5, seeded())
+def test_pairable_counts_are_draws_with_replacement():
+    counts = _pairable_counts(4000, 5, seeded())
     assert (counts.sum(dim=1) == 5).all()
     torch.testing.assert_close(counts.mean(dim=0), torch.ones(5).double(), rtol=0, atol=0.06)
     variance = 5 * (1 / 5) * (4 / 5)  # multinomial
