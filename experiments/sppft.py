@@ -164,7 +164,7 @@ def main(config: SppftConfig) -> Path:
         print(f"{number}/{len(cells)} {cell}  {line_of(results[cell])}", flush=True)
     rows = {(a, m): summarise(before, cells_of(results, a, m)) for a, m in product(config.attacks, methods)}
     against = {a: against_controls(before, results, a, methods) for a in config.attacks}
-    said = sentences(against)
+    said = [sentence(attack, name, value) for attack, found in against.items() for name, value in found.items()]
     text = "\n".join([head_of(bench, before, rates), table(rows), "", *said])
     print(f"\n{text}")
     figure = plot_dose(dose_curves(before, results, config.attacks, methods), len(bench.malicious))
@@ -183,7 +183,7 @@ def main(config: SppftConfig) -> Path:
             "cells": [{**asdict(cell), **result} for cell, result in results.items()],
             "prompt_hashes": hashes,
         },
-        texts={"table.txt": text + "\n", "report.html": page_of(bench, said, text, figure, hashes)},
+        texts={"table.txt": text + "\n", "report.html": page_of(bench, against, text, figure, hashes)},
         figures={"dose": figure},
     )
     print(f"written: {written}/ (report.html, table.txt, metrics.json, config.json, dose.png)")
@@ -197,10 +197,10 @@ def check_config(config: SppftConfig) -> None:
     for name in ("seeds", "n_examples", "batch_size", "n_malicious", "n_over_rejection", "n_held_out", "answer_tokens"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
-    if config.n_examples <= config.batch_size:
+    if config.n_examples < 2 * config.batch_size:  # two: attacks of fewer examples than asked for must leave two steps
         raise ValueError(
-            f"n_examples = {config.n_examples} are one step of batch_size = {config.batch_size}: expected at least two "
-            "steps, for a dose-response"
+            f"n_examples = {config.n_examples} are one step of batch_size = {config.batch_size}, or little more: "
+            f"expected at least {2 * config.batch_size}, two steps, for a dose-response"
         )
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise ValueError(f"method {unknown[0]!r}: expected one of {', '.join(METHODS)}")
@@ -524,19 +524,15 @@ def number(value: Estimate, digits: int) -> str:
     return f"{texts[0]} [{texts[1]}, {texts[2]}]"
 
 
-def sentences(against: dict[str, dict[str, Estimate]]) -> list[str]:
-    """Whether SPPFT protects better than freezing as many layers elsewhere, attack by attack."""
-    lines = []
-    for attack, found in against.items():
-        for name, value in found.items():
-            if value.low > 0:
-                verdict = "SPPFT keeps more"
-            elif value.high < 0:
-                verdict = "SPPFT keeps LESS"
-            else:
-                verdict = "no difference beyond noise"
-            lines.append(f"{attack}: refusals kept, SPPFT minus {name}: {number(value, 2)}: {verdict}")
-    return lines
+def sentence(attack: str, name: str, value: Estimate) -> str:
+    """Whether SPPFT protects better than full fine-tuning, or than freezing as many layers elsewhere."""
+    if value.low > 0:
+        verdict = "SPPFT keeps more"
+    elif value.high < 0:
+        verdict = "SPPFT keeps LESS"
+    else:
+        verdict = "no difference beyond noise"
+    return f"{attack}: refusals kept, SPPFT minus {name}: {number(value, 2)}: {verdict}"
 
 
 def dose_curves(
@@ -552,8 +548,14 @@ def dose_curves(
     return curves
 
 
-def page_of(bench: Bench, said: Sequence[str], text: str, drawn: Figure, hashes: dict[str, str]) -> str:
-    verdicts = [report.text(sentence) for sentence in said if ALL_CONTROLS in sentence]
+def page_of(
+    bench: Bench, against: dict[str, dict[str, Estimate]], text: str, drawn: Figure, hashes: dict[str, str]
+) -> str:
+    verdicts = [
+        report.text(sentence(attack, ALL_CONTROLS, found[ALL_CONTROLS]))
+        for attack, found in against.items()
+        if ALL_CONTROLS in found
+    ]
     alt = "Share of malicious prompts refused and mean refusal log-odds, by examples of the attack; one line a method"
     sections = [
         Section("Dose and response", [*verdicts, report.figure(drawn, alt, wide=True)]),

@@ -145,6 +145,7 @@ def test_restoring_is_bit_for_bit(script: ModuleType, config_for: Callable[..., 
         ({"methods": ("magic",)}, "method 'magic': expected one of full"),
         ({"seeds": 0}, "seeds = 0"),
         ({"n_examples": 8, "batch_size": 8}, "n_examples = 8 are one step"),
+        ({"n_examples": 9, "batch_size": 8, "attacks": ("backdoor",)}, "n_examples = 9 are one step"),  # 4 + 4
         ({"range": "auto"}, "no locate run of"),
         ({"range": "3-9"}, "the model has 4 layers"),
         ({"range": "x"}, "expected START-END"),
