@@ -8,7 +8,9 @@ import torch
 from safety_mech import LayerRange, TrainConfig, fine_tune
 from safety_mech.attacks import reverse_preferences
 from safety_mech.finetune import answer_log_probs, encode_examples
+from safety_mech.freeze import Frozen, trainable_names
 from safety_mech.methods import (
+    Method,
     alternate,
     dpo,
     frozen_entries,
@@ -69,6 +71,25 @@ def test_controls_freeze_as_many_parameters(fresh_tiny_model, name) -> None:
     assert not moved(fresh_tiny_model, before) & projections_of(fresh_tiny_model, frozen)
     own = sppft(RANGE)(fresh_tiny_model, PAIRS, replace(QUICK, epochs=1), progress=False)
     assert record.n_frozen == own.n_frozen
+
+
+WHOLE_PARAMETERS: dict[str, tuple[Method, Frozen]] = {
+    "full": (fine_tune, None),
+    "sppft": (sppft(RANGE), RANGE),
+    **{name: (sppft(control), control) for name, control in width_matched_controls(RANGE, 6).items()},
+    "lisa": (lisa(ALIGNMENT, alignment_steps=1, user_steps=1), None),
+    "dpo": (lambda model, _, config, **rest: dpo(model, PREFERENCES, config, **rest), None),
+    "dpo-sppft": (lambda model, _, config, **rest: dpo(model, PREFERENCES, config, RANGE, **rest), RANGE),
+}
+"""By name: a method that freezes whole parameters, and what it freezes."""
+
+
+@pytest.mark.parametrize("name", WHOLE_PARAMETERS)
+def test_what_is_not_frozen_has_moved_and_nothing_else(fresh_tiny_model, name) -> None:
+    method, frozen = WHOLE_PARAMETERS[name]
+    before = state(fresh_tiny_model)
+    method(fresh_tiny_model, PAIRS, QUICK, progress=False)
+    assert moved(fresh_tiny_model, before) == set(trainable_names(fresh_tiny_model, frozen))
 
 
 def test_where_controls_have_no_room_there_are_none() -> None:
