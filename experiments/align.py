@@ -41,6 +41,7 @@ class AlignRun:
     n_over_rejection: int = DEFAULTS.n_over_rejection
     """Borderline harmless prompts that are answered in training."""
     epochs: int = DEFAULTS.train.epochs
+    batch_size: int = DEFAULTS.train.batch_size
     learning_rate: float = DEFAULTS.train.learning_rate
     bfloat16: bool = DEFAULTS.train.bfloat16
     """Train in bfloat16: faster only where its matrix products are (`lscpu` names amx_bf16, or a GPU)."""
@@ -83,6 +84,7 @@ def recipe_of(config: AlignRun) -> AlignConfig:
     train = replace(
         DEFAULTS.train,
         epochs=config.epochs,
+        batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         bfloat16=config.bfloat16,
         seed=config.seed,

@@ -71,7 +71,7 @@ FACTORS = tuple(field.name for field in fields(Condition) if field.name != "mode
 
 @dataclass(frozen=True)
 class Answer:
-    """`found`: the search's answer, None where scaling moves nothing beyond noise; `best`: without that test."""
+    """`found`: the search's answer, None where there is nothing to find (`reason` says why); `best`: without asking."""
 
     found: sm.LayerRange | None
     best: sm.LayerRange | None
@@ -223,7 +223,7 @@ def line_of(condition: Condition, answer: Answer) -> str:
     if answer.best is None:
         return f"{head}{answer.reason}"
     spans = f"{list(answer.start_interval or ())!s:<10}{list(answer.end_interval or ())!s:<10}"
-    weak = "" if answer.found else "  (no more than noise)"
+    weak = "" if answer.found else f"  ({answer.reason})"
     return f"{head}{answer.alpha:<7}{answer.best!s:<10}{spans}{answer.agreement:>5.0%}{weak}"
 
 
@@ -269,7 +269,7 @@ def page_of(
 ) -> str:
     own = {condition: answer for condition, answer in answers.items() if condition.model == config.model}
     located = sum(answer.found is not None for answer in own.values())
-    lead = f"{located} of {len(own)} searches locate a range; the others find no effect beyond noise."
+    lead = f"{located} of {len(own)} searches locate a range; the table says why the others do not."
     if "all pairs" in (agreement := overlaps(answers, config.model)):
         lead += f" Two of the located ranges overlap by {agreement['all pairs']['mean']:.2f} on average (IoU)."
     alt = "A bar a condition from start to end of the range, with the 90 % intervals of both; the table has the numbers"
@@ -302,7 +302,7 @@ def plot_answers(answers: dict[Condition, Answer], n_layers: int) -> Figure:
     ax.set_yticks(range(len(labels)), labels, fontsize=6)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     layer_axis(ax, n_layers)
-    legend = "white: no more than noise; grey: where the search starts"
+    legend = "white: nothing to find, see the table; grey: where the search starts"
     figure.suptitle(f"located range and 90 % bootstrap intervals of its ends\n{legend}", fontsize=9)
     return figure
 

@@ -19,7 +19,7 @@ from safety_mech.divergence import GapCurve, gap_curve
 from safety_mech.layers import LayerRange
 from safety_mech.onset import initial_range
 from safety_mech.overrejection import ScaledRanges
-from safety_mech.refusal import REFUSAL_OPENINGS, openings_in_use
+from safety_mech.refusal import REFUSAL_OPENINGS, openings_in_use, refusal_log_odds
 from safety_mech.residuals import last_token_residuals
 
 Direction = Literal["max", "min"]
@@ -32,6 +32,8 @@ TARGET_STD = 0.025
 """Stop at the first alpha whose R_o has this standard deviation over the lower sweep: 15-20 of 721 prompts."""
 TARGET_SNR = 3.0
 """The same for log-odds, which have no natural unit: spread over the sweep / bootstrap standard error of a cell."""
+LEAST_REFUSED = 0.1
+"""A model that opens its answers to malicious prompts with a refusal less often than this has no safety to locate."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class AlphaChoice:
 
 @dataclass(frozen=True)
 class SafetyLayers:
-    """What `locate` found. `range` is None where there is nothing to find: no gap, or no effect beyond noise.
+    """What `locate` found. `range` is None where there is nothing to find: no gap, no refusals, or no effect beyond
+    noise; `sweeps` and `samples` then still say what the search would have answered.
 
-    `samples` counts the search's answer over bootstrap samples of prompts; `best_of_grid` (if the grid was run) is
+    `refused`: mean probability that a malicious prompt is answered with one of the openings. `samples` counts the search's answer over bootstrap samples of prompts; `best_of_grid` (if the grid was run) is
     the best range of all, and `is_best_of_grid` says whether the search found it.
     """
 
@@ -79,6 +82,7 @@ class SafetyLayers:
     grid: Float[Tensor, "start end prompt"] | None
     best_of_grid: LayerRange | None
     openings: tuple[str, ...]
+    refused: float | None
     reason: str
 
     @property
@@ -260,6 +264,7 @@ def locate_by_scaling(
     initial: LayerRange | None = None,
     openings: Sequence[str] | None = None,
     samples: int = 200,
+    least_refused: float = LEAST_REFUSED,
     seed: int = 0,
     progress: bool = False,
 ) -> SafetyLayers:
@@ -273,7 +278,10 @@ def locate_by_scaling(
 
     `text`: measure refusals in generated text (the paper's R_o) instead of log-odds.
     `openings`: for log-odds; default those of REFUSAL_OPENINGS that the model uses on the malicious prompts.
-    Where there is no gap, or scaling moves nothing beyond noise at any alpha, `range` is None and `reason` says so.
+    `least_refused`: the share of malicious prompts that a model must refuse for a range to be an answer; 0: any.
+    Scaling some layers moves log-odds in every model, also in one that was never aligned; what makes layers safety
+    layers is that malicious prompts are refused. Where they are not, or there is no gap, or scaling moves nothing
+    beyond noise at any alpha, `range` is None and `reason` says so.
     """
     if curve is None:
         sets = (normal, malicious)
@@ -282,9 +290,10 @@ def locate_by_scaling(
     initial = initial or initial_range(curve)
     if initial is None:
         reason = "no gap between malicious and normal prompts that the rule accepts"
-        return SafetyLayers(None, None, curve, None, None, Counter(), None, None, None, (), reason)
+        return SafetyLayers(None, None, curve, None, None, Counter(), None, None, None, (), None, reason)
     if openings is None:
         openings = REFUSAL_OPENINGS if text else openings_in_use(model, malicious, template)
+    refused = float(refusal_log_odds(model, malicious, template, openings).sigmoid().mean())
     engines: dict[float, ScaledRanges] = {}
 
     def cells(at: float) -> Callable[[LayerRange], Float[Tensor, " prompt"]]:
@@ -304,9 +313,9 @@ def locate_by_scaling(
     counted = resampled_search(cell, initial, **search, samples=samples, seed=seed)
     grid = engines[choice.alpha].grid(progress, text) if whole_grid else None
     best = grid_best(grid, direction, max_width=found.range.width) if grid is not None else None
-    reason = "found" if choice.reached else "scaling moves nothing beyond noise at any alpha tried"
+    reason = _nothing_found(refused, least_refused, choice)
     return SafetyLayers(
-        found.range if choice.reached else None,
+        found.range if reason is None else None,
         initial,
         curve,
         choice,
@@ -316,5 +325,13 @@ def locate_by_scaling(
         grid,
         best,
         tuple(openings),
-        reason,
+        refused,
+        reason or "found",
     )
+
+
+def _nothing_found(refused: float, least_refused: float, choice: AlphaChoice) -> str | None:
+    """Why the search's answer is no range of safety layers; None where it is one."""
+    if refused < least_refused:
+        return f"the model refuses {refused:.1%} of the malicious prompts (asked: {least_refused:.0%}): nothing to locate"
+    return None if choice.reached else "scaling moves nothing beyond noise at any alpha tried"

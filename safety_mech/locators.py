@@ -15,7 +15,7 @@
 With the base model at hand (`base_locators(base)`): gap_difference, weight_change, swap.
 
 Ranges: gap, search and grid have rules of their own, which are the paper's; all others take the one of segments.py.
-The paper's search always answers here, also where `locate_by_scaling` would say that there is no more than noise, and
+The paper's search always answers here, also where `locate_by_scaling` would say that there is nothing to find, and
 the middle third of the model is where it starts if there is no gap: both is said in `detail`.
 """
 

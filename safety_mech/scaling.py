@@ -1,4 +1,4 @@
-"""Scaling layers by hooks (paper §3.4, A.3.4): no weight is changed, no model copied.
+"""Scaling layers (paper §3.4, A.3.4): by hooks, no model copied.
 
     with scaled(model, LayerRange(10, 17), 1.2): ...        # attention outputs of layers 10..17 times 1.2
 
@@ -6,10 +6,12 @@ A recipe says which activations are multiplied; it is data, and a new one is a l
 
     RECIPES["keys"] = Recipe(("attn.hook_k",))
 
-`weights` is the paper's: the projection WEIGHTS q, k, v, o, gate, up, down times alpha, not norms, not biases. A
-product with a scaled weight is the scaled product, so it is done on activations: o as its input `hook_z`, down as
-its input `mlp.hook_post`, which leaves their biases alone and holds for models that normalise after the block; the
-biases of q, k, v (and of an ungated up) are taken out before scaling and put back.
+`weights` is the paper's: the projection WEIGHTS q, k, v, o, gate, up, down times alpha, not norms, not biases. They
+really are: inside, the parameters point to multiplied copies of these layers, so that logits are those of a multiplied
+model to the bit. A product with a scaled weight is the scaled product, but float32 rounds it differently: by 1e-4 in
+the logits of a 30-layer model. Where only some `positions` are chosen, a weight cannot be scaled; there, activations
+are: o as its input `hook_z`, down as its input `mlp.hook_post`, which leaves their biases alone and holds for models
+that normalise after the block; the biases of q, k, v (and of an ungated up) are taken out before scaling and put back.
 """
 
 import math
@@ -32,23 +34,27 @@ class Recipe:
     """Hook points of a block whose activation is multiplied.
 
     `biased` names, for hook points that come AFTER a bias, that bias inside the block: it is not scaled.
+    `weights` are parameters of a block (those that it has) that amount to the same, to be multiplied instead wherever
+    all positions are.
     """
 
     hook_points: tuple[str, ...]
     biased: tuple[tuple[str, str], ...] = ()
+    weights: tuple[str, ...] = ()
 
 
 _QKV = ("attn.hook_q", "attn.hook_k", "attn.hook_v")
 _QKV_BIASES = (("attn.hook_q", "attn.b_Q"), ("attn.hook_k", "attn.b_K"), ("attn.hook_v", "attn.b_V"))
 _MLP = ("mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post")
 _MLP_BIASES = (("mlp.hook_pre", "mlp.b_in"),)
+_WEIGHTS_NO_O = ("attn.W_Q", "attn.W_K", "attn._W_K", "attn.W_V", "attn._W_V", "mlp.W_gate", "mlp.W_in", "mlp.W_out")
 
 RECIPES: dict[str, Recipe] = {
     "attn_out": Recipe(("hook_attn_out",)),
     "mlp_out": Recipe(("hook_mlp_out",)),
-    "weights": Recipe((*_QKV, "attn.hook_z", *_MLP), _QKV_BIASES + _MLP_BIASES),
+    "weights": Recipe((*_QKV, "attn.hook_z", *_MLP), _QKV_BIASES + _MLP_BIASES, (*_WEIGHTS_NO_O, "attn.W_O")),
     # An earlier release of the authors' code scaled everything but o, by accident.
-    "weights_no_o": Recipe((*_QKV, *_MLP), _QKV_BIASES + _MLP_BIASES),
+    "weights_no_o": Recipe((*_QKV, *_MLP), _QKV_BIASES + _MLP_BIASES, _WEIGHTS_NO_O),
 }
 
 
@@ -66,7 +72,7 @@ def scaled(
 
     `heads`: only these attention heads' outputs (`attn_out` only: their `hook_z` is scaled).
     `positions`: only these, counted from the END (-1 is the last), so that they mean the same with a shared opening.
-    Leaving, also by an exception, leaves the model as it was, bit for bit.
+    Leaving, also by an exception, leaves the model as it was, bit for bit. No tensor is edited in place.
     Raises ValueError for layers or heads outside the model, alpha <= 0 or not finite, an unknown recipe, or one that
     names no hook point of this model.
     """
@@ -77,6 +83,10 @@ def scaled(
         chosen = _head_recipe(model, chosen, heads)
     if positions is not None and not all(position < 0 for position in positions):
         raise ValueError(f"positions {list(positions)}: expected negative ones, counted from the end (-1 is the last)")
+    if chosen.weights and positions is None:
+        with _multiplied(model, layers, alpha, chosen.weights):
+            yield model
+        return
     biases = dict(chosen.biased)
     hooks: Hooks = []
     for layer in layers:
@@ -85,6 +95,20 @@ def scaled(
             hooks.append((f"blocks.{layer}.{point}", _scaling_hook(alpha, bias, heads, positions)))
     with model.hooks(fwd_hooks=hooks):
         yield model
+
+
+@contextmanager
+def _multiplied(model: HookedTransformer, layers: LayerRange, alpha: float, names: tuple[str, ...]) -> Iterator[None]:
+    """Parameters of these names point to alpha times their tensor while inside."""
+    weights = [weight for layer in layers for name, weight in model.blocks[layer].named_parameters() if name in names]
+    own = [weight.data for weight in weights]
+    try:
+        for weight in weights:
+            weight.data = weight.data * alpha
+        yield
+    finally:
+        for weight, data in zip(weights, own, strict=True):
+            weight.data = data
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:

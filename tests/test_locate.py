@@ -423,6 +423,7 @@ def layers_found(samples: dict[tuple[int, int], int]) -> SafetyLayers:
         grid=None,
         best_of_grid=None,
         openings=(),
+        refused=1.0,
         reason="found",
     )
 
@@ -537,6 +538,21 @@ def test_nothing_beyond_noise_is_a_result_too(run, monkeypatch):
     assert not found.alpha.reached
     assert found.reason == "scaling moves nothing beyond noise at any alpha tried"
     assert found.sweeps is not None
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_model_that_does_not_refuse_has_nothing_to_locate(run, refusing_model, prompts, text):
+    """Scaling moves something in every model; the answer is kept beside the reason why it is none."""
+    found = run(alpha=0.3, text=text)
+    openings = found.openings
+    share = float(refusal_log_odds(refusing_model, prompts[4:], openings=openings).sigmoid().mean())
+    assert found.refused == pytest.approx(share)
+    assert found.range is not None
+    unaligned = run(alpha=0.3, text=text, least_refused=share + 0.01)
+    assert unaligned.range is None
+    assert unaligned.reason.startswith(f"the model refuses {share:.1%} of the malicious prompts")
+    assert (unaligned.sweeps, unaligned.samples) == (found.sweeps, found.samples)
+    assert run(alpha=0.3, text=text, least_refused=share - 0.01).range == found.range
 
 
 def test_no_hook_and_no_other_weight_is_left(run, refusing_model):

@@ -55,18 +55,26 @@ def last_logits(model: HookedTransformer, prompts: list[str]) -> Tensor:
 
 
 @pytest.mark.parametrize(("layers", "alpha"), [(LayerRange(12, 17), 1.2), (LayerRange(4, 25), 0.8)], ids=str)
-@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 5e-4)], ids=str)
-def test_the_weights_recipe_is_multiplied_weights(prompts, layers, alpha, dtype, close) -> None:
-    """float32 rounds the two orders of multiplication differently: 1.2e-4 was seen on logits of up to 20."""
-    model = sm.load_model("smollm2-135m-aligned").to(dtype)
-    plain = last_logits(model, prompts[:3])
-    with sm.scaled(model, layers, alpha, "weights"):
+def test_the_weights_recipe_is_multiplied_weights(aligned, prompts, layers, alpha) -> None:
+    plain = last_logits(aligned, prompts[:3])
+    with sm.scaled(aligned, layers, alpha, "weights"):
+        found = last_logits(aligned, prompts[:3])
+    with weights_multiplied(aligned, layers, alpha):
+        multiplied = last_logits(aligned, prompts[:3])
+    torch.testing.assert_close(found, multiplied, rtol=0, atol=1e-4)
+    assert (found - plain).abs().max() > 0.1, "control: scaling does something"
+    assert torch.equal(last_logits(aligned, prompts[:3]), plain)
+
+
+def test_activations_scaled_instead_are_multiplied_weights(prompts) -> None:
+    """As `weights` does it to chosen positions; in float64, for float32 rounds the two orders to 1.2e-4."""
+    model = sm.load_model("smollm2-135m-aligned").to(torch.float64)
+    layers, longest = LayerRange(12, 17), max(len(c.tokens) for c in encode_chat(tokenizer_of(model), prompts[:3]))
+    with sm.scaled(model, layers, 1.2, "weights", positions=range(-longest, 0)):
         hooked = last_logits(model, prompts[:3])
-    with weights_multiplied(model, layers, alpha):
+    with weights_multiplied(model, layers, 1.2):
         multiplied = last_logits(model, prompts[:3])
-    torch.testing.assert_close(hooked, multiplied, rtol=0, atol=close)
-    assert (hooked - plain).abs().max() > 0.1, "control: scaling does something"
-    assert torch.equal(last_logits(model, prompts[:3]), plain)
+    torch.testing.assert_close(hooked, multiplied, rtol=0, atol=1e-9)
 
 
 def test_after_an_exception_and_nesting_every_bit_is_back(aligned, prompts) -> None:

@@ -1,4 +1,4 @@
-"""Scaling by hooks is scaling the weights, leaves nothing behind, and refuses what makes no sense."""
+"""A scaled layer is one whose weights were scaled, leaves nothing behind, and refuses what makes no sense."""
 
 import copy
 import math
@@ -302,12 +302,26 @@ def test_leaving_restores_every_bit(fresh_tiny_model, recipe, leave):
     assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
 
 
-def test_no_weight_is_touched_inside(fresh_tiny_model):
-    weights = {name: parameter.clone() for name, parameter in fresh_tiny_model.named_parameters()}
-    with scaled(fresh_tiny_model, LayerRange(0, 5), 1.7, "weights") as inside:
-        inside(some_tokens(inside))
-        assert inside is fresh_tiny_model
-        assert all(torch.equal(parameter, weights[name]) for name, parameter in inside.named_parameters())
+def test_only_a_recipe_of_weights_changes_weights_and_none_in_place(fresh_tiny_model):
+    own = {name: parameter.data for name, parameter in fresh_tiny_model.named_parameters()}
+    values = {name: tensor.clone() for name, tensor in own.items()}
+    for recipe, names in MULTIPLIED.items():
+        with scaled(fresh_tiny_model, LayerRange(0, 5), 1.7, recipe) as inside:
+            inside(some_tokens(inside))
+            assert inside is fresh_tiny_model
+            changed = {name for name, weight in inside.named_parameters() if weight.data_ptr() != own[name].data_ptr()}
+            expected = {name for name in own if name.startswith("blocks.") and name.split(".")[-1] in names}
+            assert changed == (expected if "weights" in recipe else set())
+        assert all(torch.equal(tensor, values[name]) for name, tensor in own.items())
+
+
+@pytest.mark.parametrize("name", [*CHECKPOINTS, *TINY])
+def test_activations_of_all_positions_amount_to_multiplied_weights(name):
+    """What `weights` does to chosen positions, done to all of them, is what it does to weights."""
+    model = build(name)
+    hooked = scaled_logits(model, CHOSEN, 1.2, "weights", positions=range(-12, 0))
+    torch.testing.assert_close(hooked, multiplied(model, WEIGHTS, 1.2, CHOSEN), **CLOSE)
+    assert not torch.equal(hooked, model(some_tokens(model)))
 
 
 def test_activations_are_not_edited_in_place(tiny_model):
