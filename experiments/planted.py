@@ -29,12 +29,14 @@ from safety_mech.agreement import (
     correlation,
     mean_estimate,
     middle_third,
+    overlap,
     random_iou,
     score_range,
     slope,
 )
 from safety_mech.command_line import run
-from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
+from safety_mech.core import CORE_SHARE, transplant
+from safety_mech.locators import LOCATORS, Located, PromptSets, attempt, base_locators
 from safety_mech.models import find_source
 from safety_mech.plots import BLUE, GREY, ORANGE, new_figure
 from safety_mech.report import Section, report_page
@@ -44,6 +46,8 @@ Role = Literal["design", "held out", "unlisted"]
 BASE_METHODS = ("gap_difference", "weight_change", "swap")
 GUESSES = ("middle third", "random range")
 """Baselines: what one may guess without looking at the model."""
+CORE_PROMPTS = 32
+"""Of each kind, for the core: every range within the planted one is measured."""
 LEAST_MALICIOUS, MOST_NORMAL = 0.9, 0.05
 """Refusal rates that an organism must reach to count (those of the aligned model)."""
 
@@ -56,19 +60,22 @@ class PlantedConfig:
     """The base model, before alignment."""
     adapters: str = "results/adapters"
     """Folder of organisms: every sub-folder with an adapter and a recipe.json that names its planted range."""
-    design: tuple[str, ...] = ("5-10", "12-17", "18-23", "14-16", "8-21")
-    """Planted ranges whose FIRST seed is for design: early, middle, late, narrow, wide."""
-    held_out: tuple[str, ...] = ("9-13", "20-26")
-    """Planted ranges that are for testing only."""
+    design: tuple[str, ...] = ("5-10", "18-23", "14-16")
+    """Planted ranges whose FIRST seed is for design: early, late, narrow."""
+    held_out: tuple[str, ...] = ("12-17", "8-21")
+    """Planted ranges that are for testing only: middle, wide."""
     seeds: tuple[int, ...] = (0, 1)
     roles: tuple[Role, ...] = ("design", "held out", "unlisted")
     """Which organisms are measured: `--roles design` while a locator may still be changed."""
     train: bool = False
     """Make the organisms of these lists that are missing: some minutes each."""
-    epochs: int = AlignRun.epochs
+    epochs: int = 3
+    batch_size: int = 8
+    learning_rate: float = 3e-3
     rank: int = AlignRun.rank
-    bfloat16: bool = AlignRun.bfloat16
-    """As in align.py."""
+    bfloat16: bool = False
+    """As in align.py. A few layers learn less in a step than all of them do, so that the batches are smaller and the rate
+    is higher."""
     methods: tuple[str, ...] = (*LOCATORS, *BASE_METHODS)
     n_prompts: int = 100
     """Normal and malicious test prompts, of each; and of matched pairs before those of unequal length are left out."""
@@ -100,10 +107,23 @@ class Organism:
 
 
 @dataclass(frozen=True)
+class Core:
+    """Which of the planted layers do the work (core.py): the narrowest range that alone gives the base CORE_SHARE of
+    the margin, and the best layer alone with the share that it gives. `gained`: the margin, in nats."""
+
+    range: sm.LayerRange | None
+    best_layer: int
+    best_share: float
+    gained: float
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One locator's answer on one organism; `score` against the truth."""
+    """One locator's answer on one organism; `score` against the truth, `core_iou` against what does the work."""
 
     organism: Organism
+    core: Core | None
+    """None where training gained no margin: then nothing does the work."""
     method: str
     found: Located | None
     """None where the method could not be run; `detail` says why."""
@@ -118,6 +138,10 @@ class Cell:
     @property
     def score(self) -> RangeScore:
         return score_range(self.range, self.organism.planted)
+
+    @property
+    def core_iou(self) -> float:
+        return overlap(self.range, self.core.range if self.core else None)
 
 
 def main(config: PlantedConfig) -> Path:
@@ -135,7 +159,7 @@ def main(config: PlantedConfig) -> Path:
             print(line_of(cell), flush=True)
     n_layers = cells[0].n_layers
     found, prompt_hashes = summaries(cells, n_layers), prompts.hashes()
-    text = "\n".join([organism_table(organisms), "", cell_table(cells, n_layers), "", summary_table(found)])
+    text = "\n".join([organism_table(cells), "", cell_table(cells, n_layers), "", summary_table(found)])
     print(f"\n{text}")
     figures = {"centres": plot_centres(cells, n_layers), "scores": plot_scores(cells, n_layers)}
     written = write_run(
@@ -144,7 +168,7 @@ def main(config: PlantedConfig) -> Path:
         config.model,
         config=config,
         metrics={
-            "organisms": [{**asdict(o), "passes": o.passes} for o in organisms],
+            "organisms": [{**asdict(o), "passes": o.passes, "core": core} for o, core in cores(cells).items()],
             "cells": [cell_record(cell) for cell in cells],
             "summary": found,
             "prompt_hashes": prompt_hashes,
@@ -162,7 +186,7 @@ def check_config(config: PlantedConfig) -> None:
     for method in config.methods:
         if method not in known:
             raise ValueError(f"method {method!r}: expected some of {', '.join(known)}")
-    for name in ("n_prompts", "n_over_rejection", "epochs", "rank"):
+    for name in ("n_prompts", "n_over_rejection", "epochs", "batch_size", "rank"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
     for text in (*config.design, *config.held_out):
@@ -210,6 +234,8 @@ def train_missing(config: PlantedConfig) -> None:
                 planted=layers,
                 rank=config.rank,
                 epochs=config.epochs,
+                batch_size=config.batch_size,
+                learning_rate=config.learning_rate,
                 bfloat16=config.bfloat16,
                 seed=seed,
                 name=name,
@@ -249,13 +275,15 @@ def load_sets(config: PlantedConfig) -> PromptSets:
 
 
 def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> Iterator[Cell]:
-    """All locators on one organism; models are loaded only if a cell is missing."""
+    """The core and all locators on one organism; models are loaded only if something is missing."""
     models: dict[str, Any] = {}
+    path = cell_path(organism, "core", prompts, config)
+    core = core_from(kept(path, partial(core_once, organism, prompts, config, models)))
     for method in config.methods:
         path = cell_path(organism, method, prompts, config)
         record = kept(path, partial(locate_once, organism, method, prompts, config, models))
         found = Located.from_plain(record["found"]) if record["found"] else None
-        yield Cell(organism, method, found, record["detail"], record["seconds"], record["n_layers"])
+        yield Cell(organism, core, method, found, record["detail"], record["seconds"], record["n_layers"])
 
 
 def cell_path(organism: Organism, method: str, prompts: PromptSets, config: PlantedConfig) -> Path:
@@ -268,20 +296,45 @@ def cell_path(organism: Organism, method: str, prompts: PromptSets, config: Plan
 def locate_once(
     organism: Organism, method: str, prompts: PromptSets, config: PlantedConfig, models: dict[str, Any]
 ) -> dict[str, Any]:
-    """One cell. A locator that cannot be run on this model has no answer, which is one."""
+    """One cell, as it is kept."""
+    load_models(organism, prompts, config, models, base=method in BASE_METHODS)
+    locator = base_locators(models["base"])[method] if method in BASE_METHODS else LOCATORS[method]
+    started = perf_counter()
+    found, detail = attempt(locator, models["model"], models["prompts"])
+    answer = {"found": found.to_plain() if found else None, "detail": detail}
+    return {**answer, "seconds": perf_counter() - started, "n_layers": models["model"].cfg.n_layers}
+
+
+def core_once(
+    organism: Organism, prompts: PromptSets, config: PlantedConfig, models: dict[str, Any]
+) -> dict[str, Any]:
+    """The core, as it is kept."""
+    load_models(organism, prompts, config, models, base=True)
+    sets = (prompts.malicious[:CORE_PROMPTS], prompts.normal[:CORE_PROMPTS])
+    openings = models["prompts"].openings
+    try:
+        found = transplant(models["model"], models["base"], organism.planted, *sets, config.template, openings)
+    except ValueError as error:
+        return {"core": None, "detail": str(error)}
+    return {"core": Core(found.core(), *found.best_single, found.gained), "detail": ""}
+
+
+def core_from(record: dict[str, Any]) -> Core | None:
+    if not record["core"]:
+        return None
+    layers = record["core"]["range"]
+    return Core(**{**record["core"], "range": sm.LayerRange(**layers) if layers else None})
+
+
+def load_models(
+    organism: Organism, prompts: PromptSets, config: PlantedConfig, models: dict[str, Any], base: bool
+) -> None:
+    """Into `models`, what is not there yet: the organism, the prompts with the openings it uses, its base if asked."""
     if "model" not in models:
         models["model"] = sm.load_model(config.model, adapter=organism.folder)
         models["prompts"] = prompts.with_openings(models["model"])
-    if method in BASE_METHODS and "base" not in models:
+    if base and "base" not in models:
         models["base"] = sm.load_model(config.model)
-    locator = base_locators(models["base"])[method] if method in BASE_METHODS else LOCATORS[method]
-    started = perf_counter()
-    try:
-        found = locator(models["model"], models["prompts"])
-        answer = {"found": found.to_plain(), "detail": found.detail}
-    except ValueError as error:
-        answer = {"found": None, "detail": str(error)}
-    return {**answer, "seconds": perf_counter() - started, "n_layers": models["model"].cfg.n_layers}
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
@@ -289,7 +342,7 @@ def locate_once(
 
 def cell_record(cell: Cell) -> dict[str, Any]:
     parts = {"organism": cell.organism.name, "method": cell.method, "range": str(cell.range) if cell.range else None}
-    return {**parts, **asdict(cell.score), "detail": cell.detail, "seconds": cell.seconds}
+    return {**parts, **asdict(cell.score), "core_iou": cell.core_iou, "detail": cell.detail, "seconds": cell.seconds}
 
 
 def line_of(cell: Cell) -> str:
@@ -299,10 +352,20 @@ def line_of(cell: Cell) -> str:
     return f"{head}  ({cell.seconds:.0f} s) {cell.detail}"
 
 
-def organism_table(organisms: Sequence[Organism]) -> str:
-    lines = [f"{'organism':<24}{'planted':<10}{'seed':>4}  {'role':<10}{'refused: malicious':>18}{'normal':>8}"]
-    for o in organisms:
+def cores(cells: Sequence[Cell]) -> dict[Organism, Core | None]:
+    return {cell.organism: cell.core for cell in cells}
+
+
+def organism_table(cells: Sequence[Cell]) -> str:
+    """How every organism refuses, and how little of what was planted does the work."""
+    lines = [
+        f"{'organism':<24}{'planted':<10}{'seed':>4}  {'role':<10}{'refused: malicious':>18}{'normal':>8}"
+        f"{'core':>10}  best layer alone",
+        f"core: narrowest range of its layers that alone gives the base {CORE_SHARE:.0%} of the margin",
+    ]
+    for o, core in cores(cells).items():
         row = f"{o.name:<24}{o.planted!s:<10}{o.seed:>4}  {o.role:<10}{o.malicious:>18.1%}{o.normal:>8.1%}"
+        row += f"{core.range!s:>10}  {core.best_layer} ({core.best_share:.0%} of {core.gained:.1f} nats)" if core else ""
         lines.append(row + ("" if o.passes else "  does not pass: not in the summary"))
     return "\n".join(lines)
 
@@ -357,6 +420,7 @@ def summary_of(cells: Sequence[Cell], n_layers: int) -> dict[str, Summary]:
             "start_error": mean_abs([cell.score.start_error for cell in row]),
             "end_error": mean_abs([cell.score.end_error for cell in row]),
             "centre_hits": sum(cell.score.centre_hit for cell in row),
+            "core_iou": mean_estimate([cell.core_iou for cell in row], planted),
             **centre_figures(answered),
         }
     organisms = list(dict.fromkeys(cell.organism for cell in cells))
@@ -387,14 +451,15 @@ def summary_table(found: dict[str, dict[str, Summary]]) -> str:
     for role, table in found.items():
         lines += [
             f"{role} organisms: mean with 95 % interval over planted ranges",
-            f"{'locator':<16}{'n':>3}  {'IoU':<18}{'|start|':>8}{'|end|':>7}{'centre':>8}  "
+            f"{'locator':<16}{'n':>3}  {'IoU':<18}{'|start|':>8}{'|end|':>7}{'centre':>8}  {'IoU with core':<18}"
             f"{'r of centres':<21}{'slope of centres':<21}",
         ]
         for method, row in table.items():
             errors = [row.get("start_error"), row.get("end_error")]
             texts = ["" if error is None else f"{error:.1f}" for error in errors]
             hits = f"{row['centre_hits']}/{row['organisms']}" if "centre_hits" in row else ""
-            centres = "".join(f"{row[name]!s:<21}" for name in ("correlation", "slope") if name in row)
+            centres = f"{row.get('core_iou', '')!s:<18}"
+            centres += "".join(f"{row[name]!s:<21}" for name in ("correlation", "slope") if name in row)
             head = f"{method:<16}{row['organisms']:>3}  {row['iou']!s:<18}{texts[0]:>8}{texts[1]:>7}{hits:>8}  "
             lines.append((head + centres).rstrip())
         lines.append("")

@@ -29,7 +29,7 @@ from safety_mech.adapters import adapter_hash
 from safety_mech.agreement import Estimate, mean_estimate, mean_pairwise_iou, overlap
 from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
-from safety_mech.locators import LOCATORS, Located, PromptSets, base_locators
+from safety_mech.locators import LOCATORS, Located, PromptSets, attempt, base_locators
 from safety_mech.models import BASE_OF, find_source
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
@@ -176,18 +176,15 @@ def cell_path(method: str, place: Place, base: str | None, config: StabilityConf
 def locate_once(
     method: str, place: Place, base: str | None, config: StabilityConfig, models: dict[str, Any]
 ) -> dict[str, Any]:
-    """One location. A method that cannot be run on these prompts (too few twins) has no answer, which is one."""
+    """One location, as it is kept; models are loaded when the first is missing."""
     if "model" not in models:
         models["model"] = sm.load_model(config.model, adapter=config.adapter)
     if method in BASE_METHODS and "base" not in models:
         assert base is not None
         models["base"] = sm.load_model(base)
     locator = base_locators(models["base"])[method] if method in BASE_METHODS else LOCATORS[method]
-    try:
-        found = locator(models["model"], place.prompts)
-    except ValueError as error:
-        return {"found": None, "detail": str(error)}
-    return {"found": found.to_plain(), "detail": found.detail}
+    found, detail = attempt(locator, models["model"], place.prompts)
+    return {"found": found.to_plain() if found else None, "detail": detail}
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------

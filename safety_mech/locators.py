@@ -273,6 +273,15 @@ def locate(
     return known[method](model, PromptSets(normal, malicious, over_rejection, **settings))
 
 
+def attempt(locator: Locator, model: HookedTransformer, prompts: PromptSets) -> tuple[Located | None, str]:
+    """The answer, and its detail; None, and why, where the method cannot be run on these prompts (too few twins)."""
+    try:
+        found = locator(model, prompts)
+    except ValueError as error:
+        return None, str(error)
+    return found, found.detail
+
+
 # --- what locators share ----------------------------------------------------------------------------------------------
 
 

@@ -142,7 +142,8 @@ def cell(planted: ModuleType, truth: str, found: str | None, seed: int = 0, meth
     rates = (0.95, 0.02) if passes else (0.5, 0.02)
     organism = planted.Organism(Path(f"o-{truth}-{seed}"), sm.LayerRange.parse(truth), seed, role, *rates)
     located = Located(method, sm.LayerRange.parse(found) if found else None, torch.zeros(30).double())
-    return planted.Cell(organism, method, located, "", 1.0, 30)
+    core = planted.Core(organism.planted, organism.planted.start, 0.9, 3.0)
+    return planted.Cell(organism, core, method, located, "", 1.0, 30)
 
 
 def test_summary_by_hand(planted):
@@ -156,6 +157,7 @@ def test_summary_by_hand(planted):
     assert (row["organisms"], row["answered"], row["centre_hits"]) == (3, 2, 1)  # 17.5 lies behind 17
     assert row["iou"].value == pytest.approx((1 + 3 / 9 + 0) / 3)
     assert (row["start_error"], row["end_error"]) == (1.5, 1.5)
+    assert row["core_iou"].value == row["iou"].value, "here, the core is all that was planted"
     assert row["slope"].value == pytest.approx((17.5 - 7.5) / (14.5 - 7.5))
     guess = planted.summaries(cells, 30)["design"]["middle third"]
     assert guess["iou"].value == pytest.approx((1 / 15 + 6 / 10 + 2 / 14) / 3)
@@ -167,6 +169,15 @@ def test_seeds_of_one_range_are_drawn_together(planted):
     assert planted.summary_of(twice, 30)["m"]["iou"] == planted.summary_of(once, 30)["m"]["iou"]
 
 
+def test_a_core_that_is_less_than_what_was_planted(planted):
+    found = cell(planted, "5-10", "9-10")
+    narrow = replace(found, core=planted.Core(sm.LayerRange(9, 10), 9, 0.7, 3.0))
+    assert (narrow.score.iou, narrow.core_iou) == (pytest.approx(2 / 6), 1.0)
+    assert replace(found, core=None).core_iou == 0.0
+    assert "[9, 10]  9 (70% of 3.0 nats)" in planted.organism_table([narrow])
+    assert planted.core_from({"core": None, "detail": "no margin"}) is None
+
+
 def test_one_answer_for_all_has_slope_0(planted):
     row = planted.summary_of([cell(planted, truth, "10-17") for truth in ("5-10", "12-17", "18-23")], 30)["m"]
     assert row["slope"].value == 0.0
@@ -176,7 +187,7 @@ def test_one_answer_for_all_has_slope_0(planted):
 def test_the_shipped_lists_keep_second_seeds_and_two_ranges_aside(planted):
     config = planted.PlantedConfig()
     roles = [planted.role_of(layers, seed, config) for layers, seed in planted.wanted(config)]
-    assert len(roles) == 14
-    assert roles.count("design") == 5
+    assert len(roles) == 10
+    assert roles.count("design") == 3
     assert all(role == "held out" for (_, seed), role in zip(planted.wanted(config), roles, strict=True) if seed == 1)
     assert planted.role_of(sm.LayerRange(1, 2), 0, config) == "unlisted"
