@@ -104,6 +104,7 @@ def test_key_outputs(executed: tuple[NotebookNode, Path]) -> None:
     assert has_picture(cell_with(notebook, "sm.plot_twins"))
     assert has_picture(cell_with(notebook, "sm.plot_word_shares"))
     assert re.search(r"located \[|no safety layers located", texts_of(cell_with(notebook, "found = sm.locate")))
+    assert "no safety layers located: the model refuses" in texts_of(cell_with(notebook, "control = sm.locate"))
     moved = re.search(r"before layer \d+: 0\.0000, in it: (\d\.\d+)", texts_of(cell_with(notebook, "def silence")))
     assert moved
     assert float(moved[1]) > 0
