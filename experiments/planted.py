@@ -36,7 +36,8 @@ from safety_mech.agreement import (
 )
 from safety_mech.command_line import run
 from safety_mech.core import CORE_SHARE, transplant
-from safety_mech.locators import LOCATORS, Located, PromptSets, attempt, base_locators
+from safety_mech.located import Located, PromptSets, attempt
+from safety_mech.locators import LOCATORS, base_locators
 from safety_mech.models import find_source
 from safety_mech.plots import BLUE, GREY, ORANGE, new_figure
 from safety_mech.report import Section, report_page
@@ -74,12 +75,12 @@ class PlantedConfig:
     learning_rate: float = 3e-3
     rank: int = AlignRun.rank
     bfloat16: bool = False
-    """As in align.py. A few layers learn less in a step than all of them do, so that the batches are smaller and the rate
-    is higher."""
+    """As in align.py. A few layers learn less in a step than all of them do: the batches are smaller and the rate is
+    higher."""
     methods: tuple[str, ...] = (*LOCATORS, *BASE_METHODS)
-    n_prompts: int = 100
+    n_prompts: int = 64
     """Normal and malicious test prompts, of each; and of matched pairs before those of unequal length are left out."""
-    n_over_rejection: int = 24
+    n_over_rejection: int = 16
     """Over-rejection prompts, for the paper's search and the whole grid: most of the time."""
     template: str = "own"
     seed: int = 0
@@ -305,9 +306,7 @@ def locate_once(
     return {**answer, "seconds": perf_counter() - started, "n_layers": models["model"].cfg.n_layers}
 
 
-def core_once(
-    organism: Organism, prompts: PromptSets, config: PlantedConfig, models: dict[str, Any]
-) -> dict[str, Any]:
+def core_once(organism: Organism, prompts: PromptSets, config: PlantedConfig, models: dict[str, Any]) -> dict[str, Any]:
     """The core, as it is kept."""
     load_models(organism, prompts, config, models, base=True)
     sets = (prompts.malicious[:CORE_PROMPTS], prompts.normal[:CORE_PROMPTS])
@@ -365,7 +364,8 @@ def organism_table(cells: Sequence[Cell]) -> str:
     ]
     for o, core in cores(cells).items():
         row = f"{o.name:<24}{o.planted!s:<10}{o.seed:>4}  {o.role:<10}{o.malicious:>18.1%}{o.normal:>8.1%}"
-        row += f"{core.range!s:>10}  {core.best_layer} ({core.best_share:.0%} of {core.gained:.1f} nats)" if core else ""
+        if core:
+            row += f"{core.range!s:>10}  {core.best_layer} ({core.best_share:.0%} of {core.gained:.1f} nats)"
         lines.append(row + ("" if o.passes else "  does not pass: not in the summary"))
     return "\n".join(lines)
 

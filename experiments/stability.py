@@ -29,7 +29,8 @@ from safety_mech.adapters import adapter_hash
 from safety_mech.agreement import Estimate, mean_estimate, mean_pairwise_iou, overlap
 from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
-from safety_mech.locators import LOCATORS, Located, PromptSets, attempt, base_locators
+from safety_mech.located import Located, PromptSets, attempt
+from safety_mech.locators import LOCATORS, base_locators
 from safety_mech.models import BASE_OF, find_source
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run

@@ -20,7 +20,8 @@ from safety_mech.generation import generate
 from safety_mech.judge import is_babble, is_refusal
 from safety_mech.layers import LayerRange
 from safety_mech.locate import SafetyLayers, progressive_search
-from safety_mech.locators import LOCATORS, Located, PromptSets, locate
+from safety_mech.located import Located, PromptSets
+from safety_mech.locators import LOCATORS, locate
 from safety_mech.models import load_model
 from safety_mech.onset import OnsetRule, initial_range, initial_range_samples
 from safety_mech.plots import plot_attention, plot_gap, plot_grid, plot_sweeps, plot_twins, plot_word_shares

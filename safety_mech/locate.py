@@ -68,8 +68,9 @@ class SafetyLayers:
     """What `locate` found. `range` is None where there is nothing to find: no gap, no refusals, or no effect beyond
     noise; `sweeps` and `samples` then still say what the search would have answered.
 
-    `refused`: mean probability that a malicious prompt is answered with one of the openings. `samples` counts the search's answer over bootstrap samples of prompts; `best_of_grid` (if the grid was run) is
-    the best range of all, and `is_best_of_grid` says whether the search found it.
+    `refused`: mean probability that a malicious prompt is answered with one of the openings. `samples` counts the
+    search's answer over bootstrap samples of prompts; `best_of_grid` (if the grid was run) is the best range of all,
+    and `is_best_of_grid` says whether the search found it.
     """
 
     range: LayerRange | None
@@ -333,5 +334,7 @@ def locate_by_scaling(
 def _nothing_found(refused: float, least_refused: float, choice: AlphaChoice) -> str | None:
     """Why the search's answer is no range of safety layers; None where it is one."""
     if refused < least_refused:
-        return f"the model refuses {refused:.1%} of the malicious prompts (asked: {least_refused:.0%}): nothing to locate"
+        return (
+            f"the model refuses {refused:.1%} of the malicious prompts (asked: {least_refused:.0%}): nothing to locate"
+        )
     return None if choice.reached else "scaling moves nothing beyond noise at any alpha tried"

@@ -9,19 +9,20 @@
 | grid | the best of all ranges, by the paper's measure | log-odds of the layer scaled alone, nats |
 | direction | where harmful and harmless come apart along the difference of means | growth of d' from the layer before |
 | patching | layer outputs exchanged between twins | change of log-odds, nats |
+| decision | the stream exchanged between twins: where the last token first has the decision | share that arrives |
 | margin, margin_attn, margin_mlp | slope of the margin by the layer's scale (margin.py) | nats per unit of scale |
 | margin_scaled | the same by really scaling, 0.8 and 1.2 | nats per unit of scale |
 
 With the base model at hand (`base_locators(base)`): gap_difference, weight_change, swap.
 
-Ranges: gap, search and grid have rules of their own, which are the paper's; all others take the one of segments.py.
+Ranges: gap, search and grid have rules of their own, which are the paper's, and decision has one (`first_run`); all
+others take the one of segments.py.
 The paper's search always answers here, also where `locate_by_scaling` would say that there is nothing to find, and
 the middle third of the model is where it starts if there is no gap: both is said in `detail`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -32,16 +33,14 @@ from transformer_lens import HookedTransformer
 
 from safety_mech.against_base import swap_losses, weight_change
 from safety_mech.agreement import middle_third, resampled_counts
-from safety_mech.chat import Template
 from safety_mech.directions import separation
 from safety_mech.divergence import GapCurve, gap_curve, gap_difference
 from safety_mech.layers import LayerRange
 from safety_mech.locate import SafetyLayers, direction_of, grid_best, locate_by_scaling
+from safety_mech.located import Located, Locator, PromptSets
 from safety_mech.margin import PARTS, finite_slopes, log_odds_slopes, margin
 from safety_mech.onset import DIFFERENCE_RULE, initial_range, initial_range_samples
-from safety_mech.patching import equal_length_twins, patch_twins
-from safety_mech.prompts import PromptPair, prompt_hash
-from safety_mech.refusal import openings_in_use
+from safety_mech.patching import Patching, Positions, equal_length_twins, patch_twins
 from safety_mech.residuals import last_token_residuals
 from safety_mech.segments import best_ranges, best_segment
 
@@ -49,63 +48,8 @@ SAMPLES = 200
 """Bootstrap samples of prompts."""
 FINITE_ALPHAS = (0.8, 1.2)
 SEARCH_WINDOW = 4
-
-
-@dataclass(frozen=True)
-class PromptSets:
-    """What locators may look at. `pairs` are for patching only; `over_rejection` for the paper's search and the grid.
-
-    `openings`: those that refusals begin with; default: what this model uses on the malicious prompts (one pass of
-    each opening: give them, if several locators run on one model).
-    """
-
-    normal: Sequence[str]
-    malicious: Sequence[str]
-    over_rejection: Sequence[str] = ()
-    pairs: Sequence[PromptPair] = ()
-    template: str | Template = "own"
-    openings: tuple[str, ...] | None = None
-    seed: int = 0
-
-    def with_openings(self, model: HookedTransformer) -> "PromptSets":
-        """The same with the openings that this model uses filled in."""
-        if self.openings is not None:
-            return self
-        return replace(self, openings=openings_in_use(model, self.malicious, self.template))
-
-    def hashes(self) -> dict[str, str]:
-        """Of every set: what a kept answer is named by."""
-        twins = [text for pair in self.pairs for text in (pair.malicious, pair.normal)]
-        sets = {"normal": self.normal, "malicious": self.malicious, "over_rejection": self.over_rejection}
-        return {name: prompt_hash(texts) for name, texts in {**sets, "pairs": twins}.items()}
-
-
-@dataclass(frozen=True)
-class Located:
-    """`range` is None where the method finds nothing; `samples` counts its answers over bootstrap samples of prompts
-    (empty where the method has none)."""
-
-    method: str
-    range: LayerRange | None
-    scores: Float[Tensor, " layer"]
-    samples: Counter[LayerRange | None] = field(default_factory=Counter)
-    detail: str = ""
-
-    @classmethod
-    def from_plain(cls, record: dict[str, Any]) -> "Located":
-        """Back from JSON as `to_plain` gave it."""
-        samples = Counter({_range_of(layers): count for layers, count in record["samples"]})
-        scores = torch.tensor(record["scores"], dtype=torch.float64)
-        return cls(record["method"], _range_of(record["range"]), scores, samples, record["detail"])
-
-    def to_plain(self) -> dict[str, Any]:
-        """What JSON knows; ranges as [start, end]."""
-        samples = [[_ends(layers), count] for layers, count in self.samples.most_common()]
-        parts = {"method": self.method, "range": _ends(self.range), "scores": self.scores.tolist()}
-        return {**parts, "samples": samples, "detail": self.detail}
-
-
-Locator = Callable[[HookedTransformer, PromptSets], Located]
+DECISION_SHARE = 0.1
+"""A layer in which at least this share of the decision arrives is where it is made."""
 
 
 def locate_by_gap(model: HookedTransformer, prompts: PromptSets) -> Located:
@@ -150,14 +94,40 @@ def locate_by_direction(model: HookedTransformer, prompts: PromptSets) -> Locate
 
 def locate_by_patching(model: HookedTransformer, prompts: PromptSets) -> Located:
     """Twins of equal token length, layer outputs at the last token exchanged; mean of both ways."""
-    prompts = prompts.with_openings(model)
-    twins = equal_length_twins(model, prompts.pairs, prompts.template) if prompts.pairs else []
-    if len(twins) < 2:
-        raise ValueError(f"patching: {len(twins)} pairs with twins of equal token length: expected at least 2")
-    effect = patch_twins(model, twins, prompts.template, _openings(prompts)).effect.T
-    samples = _resampled(effect, prompts, _generator(prompts))
-    detail = f"{len(twins)} of {len(prompts.pairs)} pairs are of equal token length"
-    return _by_segment("patching", effect.mean(0), samples, detail)
+    patched, detail = _patched(model, prompts, what="layer")
+    effect = patched.effect.T
+    return _by_segment("patching", effect.mean(0), _resampled(effect, prompts, _generator(prompts)), detail)
+
+
+def locate_by_decision(model: HookedTransformer, prompts: PromptSets) -> Located:
+    """The residual stream at the prompt's last token (and the refusal's, behind it) exchanged between twins after every
+    layer: where the effect first grows.
+
+    After the last layer the whole difference between twins is exchanged, before the first nothing is; what a layer
+    adds is the share of the decision that reaches the last token there. Later layers add to it, too, in models where
+    only early ones were trained to refuse: the first to do so is where it is made.
+    """
+    patched, detail = _patched(model, prompts, what="resid", positions="answer")
+    # One row a pair: what each layer adds, and last the whole difference between the twins.
+    added = patched.effect.diff(dim=0, prepend=torch.zeros_like(patched.effect[:1]))
+    rows = torch.cat([added, (patched.malicious - patched.normal)[None]]).T
+    samples = _resampled(rows, prompts, _generator(prompts))
+    mean = rows.mean(0)
+    shares = mean[:-1] / mean[-1]
+    answers = Counter(first_run(row[:-1] / row[-1], DECISION_SHARE) for row in samples)
+    found = first_run(shares, DECISION_SHARE)
+    held = float(shares[found.start : found.end + 1].sum()) if found else 0.0
+    return Located("decision", found, shares.double(), answers, f"{detail}; {held:.0%} of the decision arrives there")
+
+
+def first_run(scores: Float[Tensor, " layer"], least: float) -> LayerRange | None:
+    """The first layer with at least this score, and those right behind it that have it, too."""
+    enough = (scores >= least).tolist()
+    if True not in enough:
+        return None
+    start = enough.index(True)
+    end = enough.index(False, start) - 1 if False in enough[start:] else len(enough) - 1
+    return LayerRange(start, end)
 
 
 def locate_by_margin(
@@ -195,6 +165,7 @@ LOCATORS: dict[str, Locator] = {
     "grid": locate_by_grid,
     "direction": locate_by_direction,
     "patching": locate_by_patching,
+    "decision": locate_by_decision,
     "margin": partial(locate_by_margin, method="margin"),
     "margin_attn": partial(locate_by_margin, method="margin_attn", parts=("attn_out",)),
     "margin_mlp": partial(locate_by_margin, method="margin_mlp", parts=("mlp_out",)),
@@ -273,16 +244,18 @@ def locate(
     return known[method](model, PromptSets(normal, malicious, over_rejection, **settings))
 
 
-def attempt(locator: Locator, model: HookedTransformer, prompts: PromptSets) -> tuple[Located | None, str]:
-    """The answer, and its detail; None, and why, where the method cannot be run on these prompts (too few twins)."""
-    try:
-        found = locator(model, prompts)
-    except ValueError as error:
-        return None, str(error)
-    return found, found.detail
-
-
 # --- what locators share ----------------------------------------------------------------------------------------------
+
+
+def _patched(
+    model: HookedTransformer, prompts: PromptSets, what: str, positions: Positions = "last"
+) -> tuple[Patching, str]:
+    prompts = prompts.with_openings(model)
+    twins = equal_length_twins(model, prompts.pairs, prompts.template) if prompts.pairs else []
+    if len(twins) < 2:
+        raise ValueError(f"patching: {len(twins)} pairs with twins of equal token length: expected at least 2")
+    found = patch_twins(model, twins, prompts.template, _openings(prompts), what=what, positions=positions)
+    return found, f"{len(twins)} of {len(prompts.pairs)} pairs are of equal token length"
 
 
 def _residuals(
@@ -371,14 +344,6 @@ def _openings(prompts: PromptSets) -> tuple[str, ...]:
 
 def _generator(prompts: PromptSets) -> torch.Generator:
     return torch.Generator().manual_seed(prompts.seed)
-
-
-def _ends(layers: LayerRange | None) -> list[int] | None:
-    return [layers.start, layers.end] if layers else None
-
-
-def _range_of(ends: Sequence[int] | None) -> LayerRange | None:
-    return LayerRange(*ends) if ends else None
 
 
 def _counted(answers: Counter[LayerRange]) -> Counter[LayerRange | None]:

@@ -14,7 +14,16 @@ from safety_mech.directions import separation
 from safety_mech.finetune import TrainConfig, fine_tune
 from safety_mech.freeze import layer_of
 from safety_mech.locate import locate_by_scaling
-from safety_mech.locators import FINITE_ALPHAS, LOCATORS, SAMPLES, Located, PromptSets, base_locators, locate
+from safety_mech.located import Located, PromptSets
+from safety_mech.locators import (
+    DECISION_SHARE,
+    FINITE_ALPHAS,
+    LOCATORS,
+    SAMPLES,
+    base_locators,
+    first_run,
+    locate,
+)
 from safety_mech.margin import finite_slopes, log_odds_slopes, margin
 from safety_mech.patching import patch_twins
 from safety_mech.refusal import openings_in_use
@@ -41,7 +50,7 @@ def answers(refusing_model: HookedTransformer, base: HookedTransformer, sets: Pr
 
 
 def test_all_have_one_shape(answers):
-    assert len(answers) == 14
+    assert len(answers) == 15
     for name, found in answers.items():
         assert found.method == name
         assert found.scores.shape == (4,)
@@ -88,6 +97,30 @@ def test_patching(refusing_model, sets, answers):
     assert "2 of 3 pairs are of equal token length" in answers["patching"].detail
     with pytest.raises(ValueError, match="0 pairs with twins of equal token length"):
         LOCATORS["patching"](refusing_model, replace(sets, pairs=()))
+
+
+def test_decision(refusing_model, sets, answers):
+    found = patch_twins(refusing_model, TWINS[:2], openings=sets.openings, what="resid", positions="answer")
+    effect, whole = found.effect.mean(1), (found.malicious - found.normal).mean()
+    shares = answers["decision"].scores
+    torch.testing.assert_close(shares.cumsum(0), effect / whole)
+    assert float(shares.sum()) == pytest.approx(1), "after the last layer all is exchanged"
+    assert answers["decision"].range == first_run(shares, DECISION_SHARE)
+    with pytest.raises(ValueError, match="0 pairs with twins of equal token length"):
+        LOCATORS["decision"](refusing_model, replace(sets, pairs=()))
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([0.0, 0.2, 0.1, 0.0, 0.7], sm.LayerRange(1, 2)),
+        ([0.0, 0.09, 0.0, 0.91], sm.LayerRange(3, 3)),
+        ([0.5, 0.5], sm.LayerRange(0, 1)),
+        ([0.0, -0.5, 0.05], None),
+    ],
+)
+def test_first_run(scores, expected):
+    assert first_run(torch.tensor(scores), 0.1) == expected
 
 
 def test_against_the_base(refusing_model, base, sets, answers):

@@ -13,7 +13,7 @@ import torch
 
 import safety_mech as sm
 from safety_mech.adapters import low_rank_adapters, save_adapter
-from safety_mech.locators import Located
+from safety_mech.located import Located
 from safety_mech.results import write_json
 
 METHODS = ("gap", "search", "direction", "patching", "margin", "weight_change", "swap")

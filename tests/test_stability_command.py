@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import safety_mech as sm
-from safety_mech.locators import Located, PromptSets
+from safety_mech.located import Located, PromptSets
 
 
 @pytest.fixture(scope="module")
