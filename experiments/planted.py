@@ -360,13 +360,13 @@ def organism_table(cells: Sequence[Cell]) -> str:
     lines = [
         f"{'organism':<24}{'planted':<10}{'seed':>4}  {'role':<10}{'refused: malicious':>18}{'normal':>8}"
         f"{'core':>10}  best layer alone",
-        f"core: narrowest range of its layers that alone gives the base {CORE_SHARE:.0%} of the margin",
     ]
     for o, core in cores(cells).items():
         row = f"{o.name:<24}{o.planted!s:<10}{o.seed:>4}  {o.role:<10}{o.malicious:>18.1%}{o.normal:>8.1%}"
         if core:
             row += f"{core.range!s:>10}  {core.best_layer} ({core.best_share:.0%} of {core.gained:.1f} nats)"
         lines.append(row + ("" if o.passes else "  does not pass: not in the summary"))
+    lines.append(f"core: the narrowest range of its layers that alone gives the base {CORE_SHARE:.0%} of the margin")
     return "\n".join(lines)
 
 

@@ -97,7 +97,7 @@ def main(config: StabilityConfig) -> Path:
             found = Located.from_plain(record["found"]) if record["found"] else None
             answers[method, place.name] = found
             answer = str(found.range) if found else "not run"
-            print(f"{method:<16}{place.name:<40}{answer:<10}{record['detail']}", flush=True)
+            print(f"{method:<16}{place.name:<40} {answer:<10}{record['detail']}", flush=True)
     rows = [row for method in methods for row in overlaps(method, answers, places, config)]
     text = table(rows)
     print(f"\n{text}")

@@ -90,8 +90,10 @@ def correlation(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """Pearson's r with its interval; undefined where x or y is constant."""
+    """Pearson's r with its interval; undefined where y is constant, or x has fewer than three values (two make |r| 1)."""
     a, b = _columns(x, y)
+    if len(set(x)) < 3:
+        return Estimate(math.nan, math.nan, math.nan)
 
     def statistic(w: Float[Tensor, "sample item"]) -> Float[Tensor, " sample"]:
         var_a, var_b, cov = _moments(w, a, b)
