@@ -90,7 +90,7 @@ def correlation(
     level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """Pearson's r with its interval; undefined where y is constant, or x has fewer than three values (two make |r| 1)."""
+    """Pearson's r with its interval; undefined where y is constant or x has fewer than three values (two: |r| is 1)."""
     a, b = _columns(x, y)
     if len(set(x)) < 3:
         return Estimate(math.nan, math.nan, math.nan)
