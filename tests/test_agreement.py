@@ -77,6 +77,12 @@ def test_a_locator_that_always_gives_one_answer_has_slope_0_and_no_correlation()
     assert str(found) == "undefined"
 
 
+def test_two_values_make_no_correlation():
+    """Through two points there is always a line."""
+    assert str(correlation([1.0, 1.0, 5.0], [2.0, 3.0, 7.0])) == "undefined"
+    assert correlation([1.0, 2.0, 5.0], [2.0, 3.0, 7.0]).value > 0.9
+
+
 def test_groups_are_drawn_as_a_whole():
     """Ten copies of each item say no more than the items: the same interval, where without groups it is narrower."""
     x = [1.0, 2.0, 4.0, 8.0, 9.0]
