@@ -21,6 +21,7 @@ import safety_mech as sm
 from safety_mech.attention import question_attention
 from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
+from safety_mech.locate import LEAST_REFUSED
 from safety_mech.locate_report import locate_report, scaling_examples
 from safety_mech.models import BASE_OF, check_device, find_source
 from safety_mech.plots import plot_attention, plot_twins
@@ -67,6 +68,8 @@ class LocateConfig:
     """Choose alpha below 1 (and search for the minimum) instead of above."""
     text: bool = False
     """Measure refusals in generated text (the paper's R_o) instead of log-odds."""
+    least_refused: float = LEAST_REFUSED
+    """Share of malicious prompts that the model must refuse for a range to be an answer; 0: any."""
     grid: bool = True
     """Also measure every range (start, end): most of the time."""
     quick: bool = False
@@ -277,6 +280,7 @@ def search(
         template=config.template,
         text=config.text,
         whole_grid=config.grid,
+        least_refused=config.least_refused,
         seed=config.seed,
         progress=True,
     )

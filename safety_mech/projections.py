@@ -11,6 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+_SCALE = "safety_mech_scale"
+"""Attribute of a parameter that is multiplied for a while."""
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -53,6 +56,16 @@ def block_projections(model: HookedTransformer) -> tuple[Projection, ...]:
         hooked = present[0]
         found.append(Projection(hooked, projection.module, projection.to_hooked, projection.heads))
     return tuple(found)
+
+
+def scale_of(weight: Tensor) -> float:
+    """By how much `scaled(..., "weights")` multiplies this weight now; 1 outside of it. What is added to the weight's
+    product (a low-rank update) is to be multiplied as well."""
+    return getattr(weight, _SCALE, 1.0)
+
+
+def set_scale(weight: Tensor, scale: float) -> None:
+    setattr(weight, _SCALE, scale)
 
 
 def as_hooked(

@@ -27,6 +27,7 @@ from transformer_lens.hook_points import HookPoint
 
 from safety_mech.forward import Hooks
 from safety_mech.layers import LayerRange
+from safety_mech.projections import scale_of, set_scale
 
 
 @dataclass(frozen=True)
@@ -99,16 +100,18 @@ def scaled(
 
 @contextmanager
 def _multiplied(model: HookedTransformer, layers: LayerRange, alpha: float, names: tuple[str, ...]) -> Iterator[None]:
-    """Parameters of these names point to alpha times their tensor while inside."""
+    """Parameters of these names point to alpha times their tensor while inside, and say so (`scale_of`)."""
     weights = [weight for layer in layers for name, weight in model.blocks[layer].named_parameters() if name in names]
-    own = [weight.data for weight in weights]
+    own = [(weight, weight.data, scale_of(weight)) for weight in weights]
     try:
-        for weight in weights:
-            weight.data = weight.data * alpha
+        for weight, data, scale in own:
+            weight.data = data * alpha
+            set_scale(weight, scale * alpha)
         yield
     finally:
-        for weight, data in zip(weights, own, strict=True):
+        for weight, data, scale in own:
             weight.data = data
+            set_scale(weight, scale)
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:

@@ -38,6 +38,7 @@ def run_of(locate: ModuleType, llama_folder: Path, tmp_path_factory: pytest.Temp
             "initial": "1-2",
             "alpha": 1.2,
             "max_over_rejection": 4,
+            "least_refused": 0.0,
             "bootstrap": 100,
             "permutations": 100,
             "out": str(folder / "runs"),
