@@ -372,6 +372,7 @@ def search_metrics(found: sm.SafetyLayers) -> dict[str, Any]:
     return {
         "range": found.range,
         "reason": found.reason,
+        "refused": found.refused,
         "initial": found.initial,
         "alpha": found.alpha,
         "openings": found.openings,

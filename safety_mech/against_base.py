@@ -15,6 +15,7 @@ from transformer_lens import HookedTransformer
 from safety_mech.chat import Template
 from safety_mech.layers import LayerRange
 from safety_mech.overrejection import ScaledRanges
+from safety_mech.projections import replaced
 from safety_mech.refusal import REFUSAL_OPENINGS
 
 
@@ -43,18 +44,12 @@ def swapped(model: HookedTransformer, base: HookedTransformer, layers: LayerRang
     """
     layers.check_inside(model.cfg.n_layers)
     pairs = [
-        (ours, theirs)
+        (ours, theirs.data)
         for layer in layers
         for (_, ours), (_, theirs) in zip(*_parameters(model, base, layer), strict=True)
     ]
-    own = [ours.data for ours, _ in pairs]
-    try:
-        for ours, theirs in pairs:
-            ours.data = theirs.data
+    with replaced(pairs):
         yield model
-    finally:
-        for (ours, _), data in zip(pairs, own, strict=True):
-            ours.data = data
 
 
 def _parameters(

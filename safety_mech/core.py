@@ -33,11 +33,8 @@ class Transplants:
 
     def core(self, share: float = CORE_SHARE) -> LayerRange | None:
         """The narrowest range with at least this share; of equally narrow ones that with the greatest share."""
-        enough = [(i - j, float(self.shares[i, j]), -i, -j) for i, j in (self.shares >= share).nonzero().tolist()]
-        if not enough:
-            return None
-        _, _, start, end = max(enough)
-        return LayerRange(-start, -end)
+        enough = [LayerRange(start, end) for start, end in (self.shares >= share).nonzero().tolist()]
+        return min(enough, key=lambda part: (part.width, -float(self.shares[part.start, part.end])), default=None)
 
     @property
     def best_single(self) -> tuple[int, float]:

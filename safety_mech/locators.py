@@ -108,13 +108,10 @@ def locate_by_decision(model: HookedTransformer, prompts: PromptSets) -> Located
     only early ones were trained to refuse: the first to do so is where it is made.
     """
     patched, detail = _patched(model, prompts, what="resid", positions="answer")
-    # One row a pair: what each layer adds, and last the whole difference between the twins.
-    added = patched.effect.diff(dim=0, prepend=torch.zeros_like(patched.effect[:1]))
-    rows = torch.cat([added, (patched.malicious - patched.normal)[None]]).T
-    samples = _resampled(rows, prompts, _generator(prompts))
-    mean = rows.mean(0)
-    shares = mean[:-1] / mean[-1]
-    answers = Counter(first_run(row[:-1] / row[-1], DECISION_SHARE) for row in samples)
+    added = patched.effect.diff(dim=0, prepend=torch.zeros_like(patched.effect[:1])).T
+    shares = added.mean(0) / added.mean(0).sum()
+    samples = _resampled(added, prompts, _generator(prompts))
+    answers = Counter(first_run(row / row.sum(), DECISION_SHARE) for row in samples)
     found = first_run(shares, DECISION_SHARE)
     held = float(shares[found.start : found.end + 1].sum()) if found else 0.0
     return Located("decision", found, shares.double(), answers, f"{detail}; {held:.0%} of the decision arrives there")
@@ -122,12 +119,13 @@ def locate_by_decision(model: HookedTransformer, prompts: PromptSets) -> Located
 
 def first_run(scores: Float[Tensor, " layer"], least: float) -> LayerRange | None:
     """The first layer with at least this score, and those right behind it that have it, too."""
-    enough = (scores >= least).tolist()
-    if True not in enough:
+    enough = [layer for layer, score in enumerate(scores.tolist()) if score >= least]
+    if not enough:
         return None
-    start = enough.index(True)
-    end = enough.index(False, start) - 1 if False in enough[start:] else len(enough) - 1
-    return LayerRange(start, end)
+    end = enough[0]
+    while end + 1 in enough:
+        end += 1
+    return LayerRange(enough[0], end)
 
 
 def locate_by_margin(

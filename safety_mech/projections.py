@@ -4,11 +4,13 @@ One table for everything that speaks both languages: low-rank adapters, export, 
 (the paper freezes and scales exactly these: q, k, v, o, gate, up, down; not norms, not biases).
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from einops import rearrange
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 _SCALE = "safety_mech_scale"
@@ -66,6 +68,22 @@ def scale_of(weight: Tensor) -> float:
 
 def set_scale(weight: Tensor, scale: float) -> None:
     setattr(weight, _SCALE, scale)
+
+
+@contextmanager
+def replaced(tensors: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+    """While inside, every parameter points to the tensor beside it; back to its own on leaving, also by an exception.
+
+    No tensor is copied or edited; what is trained in the tensors inside does not reach the parameters' own.
+    """
+    own = [weight.data for weight, _ in tensors]
+    try:
+        for weight, tensor in tensors:
+            weight.data = tensor
+        yield
+    finally:
+        for (weight, _), data in zip(tensors, own, strict=True):
+            weight.data = data
 
 
 def as_hooked(

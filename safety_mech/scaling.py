@@ -1,4 +1,4 @@
-"""Scaling layers (paper §3.4, A.3.4): by hooks, no model copied.
+"""Scaling layers (paper §3.4, A.3.4), by hooks; no model is copied.
 
     with scaled(model, LayerRange(10, 17), 1.2): ...        # attention outputs of layers 10..17 times 1.2
 
@@ -27,7 +27,7 @@ from transformer_lens.hook_points import HookPoint
 
 from safety_mech.forward import Hooks
 from safety_mech.layers import LayerRange
-from safety_mech.projections import scale_of, set_scale
+from safety_mech.projections import replaced, scale_of, set_scale
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def scaled(
     `heads`: only these attention heads' outputs (`attn_out` only: their `hook_z` is scaled).
     `positions`: only these, counted from the END (-1 is the last), so that they mean the same with a shared opening.
     Leaving, also by an exception, leaves the model as it was, bit for bit. No tensor is edited in place.
+    A recipe of `weights` throws its multiplied copies away on leaving: train adapters inside, not weights.
     Raises ValueError for layers or heads outside the model, alpha <= 0 or not finite, an unknown recipe, or one that
     names no hook point of this model.
     """
@@ -102,16 +103,15 @@ def scaled(
 def _multiplied(model: HookedTransformer, layers: LayerRange, alpha: float, names: tuple[str, ...]) -> Iterator[None]:
     """Parameters of these names point to alpha times their tensor while inside, and say so (`scale_of`)."""
     weights = [weight for layer in layers for name, weight in model.blocks[layer].named_parameters() if name in names]
-    own = [(weight, weight.data, scale_of(weight)) for weight in weights]
-    try:
-        for weight, data, scale in own:
-            weight.data = data * alpha
-            set_scale(weight, scale * alpha)
-        yield
-    finally:
-        for weight, data, scale in own:
-            weight.data = data
-            set_scale(weight, scale)
+    scales = [scale_of(weight) for weight in weights]
+    with replaced([(weight, weight.data * alpha) for weight in weights]):
+        try:
+            for weight, scale in zip(weights, scales, strict=True):
+                set_scale(weight, scale * alpha)
+            yield
+        finally:
+            for weight, scale in zip(weights, scales, strict=True):
+                set_scale(weight, scale)
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:
