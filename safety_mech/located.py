@@ -18,7 +18,7 @@ from safety_mech.refusal import openings_in_use
 
 @dataclass(frozen=True)
 class PromptSets:
-    """What locators may look at. `pairs` are for patching and decision; `over_rejection` is for the search and the grid.
+    """What locators may look at. `pairs` are for patching and decision; `over_rejection` for the search and the grid.
 
     `openings`: those that refusals begin with; default: what this model uses on the malicious prompts (one pass of
     each opening: give them, if several locators run on one model).
