@@ -35,7 +35,7 @@ from safety_mech.agreement import (
     slope,
 )
 from safety_mech.command_line import run
-from safety_mech.core import CORE_SHARE, transplant
+from safety_mech.core import CORE_SHARE, Transplants, transplant
 from safety_mech.located import Located, PromptSets, attempt
 from safety_mech.locators import LOCATORS, base_locators
 from safety_mech.models import find_source
@@ -47,6 +47,8 @@ Role = Literal["design", "held out", "unlisted"]
 BASE_METHODS = ("gap_difference", "weight_change", "swap")
 GUESSES = ("middle third", "random range")
 """Baselines: what one may guess without looking at the model."""
+ORACLES = {f"core of {share:.0%}": share for share in (CORE_SHARE, 0.95)}
+"""What a locator would get that knows what does the work, to this share, and not what was trained."""
 CORE_PROMPTS = 32
 """Of each kind, for the core: every range within the planted one is measured."""
 LEAST_MALICIOUS, MOST_NORMAL = 0.9, 0.05
@@ -61,7 +63,7 @@ class PlantedConfig:
     """The base model, before alignment."""
     adapters: str = "results/adapters"
     """Folder of organisms: every sub-folder with an adapter and a recipe.json that names its planted range."""
-    design: tuple[str, ...] = ("5-10", "18-23", "14-16")
+    design: tuple[str, ...] = ("5-10", "18-23", "10-12")
     """Planted ranges whose FIRST seed is for design: early, late, narrow."""
     held_out: tuple[str, ...] = ("12-17", "8-21")
     """Planted ranges that are for testing only: middle, wide."""
@@ -78,6 +80,8 @@ class PlantedConfig:
     """As in align.py. A few layers learn less in a step than all of them do: the batches are smaller and the rate is
     higher."""
     methods: tuple[str, ...] = (*LOCATORS, *BASE_METHODS)
+    first_seed_methods: tuple[str, ...] = ("grid", "margin_scaled")
+    """Of these, the ones that are run on first seeds only: the two take as long as all others together."""
     n_prompts: int = 64
     """Normal and malicious test prompts, of each; and of matched pairs before those of unequal length are left out."""
     n_over_rejection: int = 16
@@ -108,22 +112,11 @@ class Organism:
 
 
 @dataclass(frozen=True)
-class Core:
-    """Which of the planted layers do the work (core.py): the narrowest range that alone gives the base CORE_SHARE of
-    the margin, and the best layer alone with the share that it gives. `gained`: the margin, in nats."""
-
-    range: sm.LayerRange | None
-    best_layer: int
-    best_share: float
-    gained: float
-
-
-@dataclass(frozen=True)
 class Cell:
     """One locator's answer on one organism; `score` against the truth, `core_iou` against what does the work."""
 
     organism: Organism
-    core: Core | None
+    transplants: Transplants | None
     """None where training gained no margin: then nothing does the work."""
     method: str
     found: Located | None
@@ -142,7 +135,7 @@ class Cell:
 
     @property
     def core_iou(self) -> float:
-        return overlap(self.range, self.core.range if self.core else None)
+        return overlap(self.range, self.transplants.core() if self.transplants else None)
 
 
 def main(config: PlantedConfig) -> Path:
@@ -159,8 +152,8 @@ def main(config: PlantedConfig) -> Path:
             cells.append(cell)
             print(line_of(cell), flush=True)
     n_layers = cells[0].n_layers
-    found, prompt_hashes = summaries(cells, n_layers), prompts.hashes()
-    text = "\n".join([organism_table(cells), "", cell_table(cells, n_layers), "", summary_table(found)])
+    found, prompt_hashes = summaries(cells), prompts.hashes()
+    text = "\n".join([organism_table(cells), "", cell_table(cells), "", summary_table(found)])
     print(f"\n{text}")
     figures = {"centres": plot_centres(cells, n_layers), "scores": plot_scores(cells, n_layers)}
     written = write_run(
@@ -169,7 +162,7 @@ def main(config: PlantedConfig) -> Path:
         config.model,
         config=config,
         metrics={
-            "organisms": [{**asdict(o), "passes": o.passes, "core": core} for o, core in cores(cells).items()],
+            "organisms": [organism_record(o, found) for o, found in transplants_of(cells).items()],
             "cells": [cell_record(cell) for cell in cells],
             "summary": found,
             "prompt_hashes": prompt_hashes,
@@ -184,7 +177,7 @@ def main(config: PlantedConfig) -> Path:
 
 def check_config(config: PlantedConfig) -> None:
     known = (*LOCATORS, *BASE_METHODS)
-    for method in config.methods:
+    for method in (*config.methods, *config.first_seed_methods):
         if method not in known:
             raise ValueError(f"method {method!r}: expected some of {', '.join(known)}")
     for name in ("n_prompts", "n_over_rejection", "epochs", "batch_size", "rank"):
@@ -279,12 +272,15 @@ def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> I
     """The core and all locators on one organism; models are loaded only if something is missing."""
     models: dict[str, Any] = {}
     path = cell_path(organism, "core", prompts, config)
-    core = core_from(kept(path, partial(core_once, organism, prompts, config, models)))
+    core = kept(path, partial(core_once, organism, prompts, config, models))["core"]
+    transplants = Transplants.from_plain(core) if core else None
     for method in config.methods:
+        if method in config.first_seed_methods and organism.seed != config.seeds[0]:
+            continue
         path = cell_path(organism, method, prompts, config)
         record = kept(path, partial(locate_once, organism, method, prompts, config, models))
         found = Located.from_plain(record["found"]) if record["found"] else None
-        yield Cell(organism, core, method, found, record["detail"], record["seconds"], record["n_layers"])
+        yield Cell(organism, transplants, method, found, record["detail"], record["seconds"], record["n_layers"])
 
 
 def cell_path(organism: Organism, method: str, prompts: PromptSets, config: PlantedConfig) -> Path:
@@ -315,14 +311,7 @@ def core_once(organism: Organism, prompts: PromptSets, config: PlantedConfig, mo
         found = transplant(models["model"], models["base"], organism.planted, *sets, config.template, openings)
     except ValueError as error:
         return {"core": None, "detail": str(error)}
-    return {"core": Core(found.core(), *found.best_single, found.gained), "detail": ""}
-
-
-def core_from(record: dict[str, Any]) -> Core | None:
-    if not record["core"]:
-        return None
-    layers = record["core"]["range"]
-    return Core(**{**record["core"], "range": sm.LayerRange(**layers) if layers else None})
+    return {"core": found.to_plain(), "detail": ""}
 
 
 def load_models(
@@ -351,62 +340,75 @@ def line_of(cell: Cell) -> str:
     return f"{head}  ({cell.seconds:.0f} s) {cell.detail}"
 
 
-def cores(cells: Sequence[Cell]) -> dict[Organism, Core | None]:
-    return {cell.organism: cell.core for cell in cells}
+def transplants_of(cells: Sequence[Cell]) -> dict[Organism, Transplants | None]:
+    return {cell.organism: cell.transplants for cell in cells}
+
+
+def organism_record(organism: Organism, found: Transplants | None) -> dict[str, Any]:
+    ranges = {name: found.core(share) if found else None for name, share in ORACLES.items()}
+    transplants = found.to_plain() if found else None
+    return {**asdict(organism), "passes": organism.passes, **ranges, "transplants": transplants}
 
 
 def organism_table(cells: Sequence[Cell]) -> str:
     """How every organism refuses, and how little of what was planted does the work."""
     lines = [
         f"{'organism':<24}{'planted':<10}{'seed':>4}  {'role':<10}{'refused: malicious':>18}{'normal':>8}"
-        f"{'core':>10}  best layer alone",
+        + "".join(f"{name:>14}" for name in ORACLES)
+        + "  best layer alone",
     ]
-    for o, core in cores(cells).items():
+    for o, found in transplants_of(cells).items():
         row = f"{o.name:<24}{o.planted!s:<10}{o.seed:>4}  {o.role:<10}{o.malicious:>18.1%}{o.normal:>8.1%}"
-        if core:
-            row += f"{core.range!s:>10}  {core.best_layer} ({core.best_share:.0%} of {core.gained:.1f} nats)"
+        if found:
+            row += "".join(f"{found.core(share)!s:>14}" for share in ORACLES.values())
+            layer, share = found.best_single
+            row += f"  {layer} ({share:.0%} of {found.gained:.1f} nats)"
         lines.append(row + ("" if o.passes else "  does not pass: not in the summary"))
-    lines.append(f"core: the narrowest range of its layers that alone gives the base {CORE_SHARE:.0%} of the margin")
+    lines.append("core: the narrowest range of its layers that alone gives the base this share of the margin")
     return "\n".join(lines)
 
 
-def cell_table(cells: Sequence[Cell], n_layers: int) -> str:
-    """Found range and IoU of every locator on every organism, and what guessing gets."""
+def cell_table(cells: Sequence[Cell]) -> str:
+    """Found range and IoU of every locator on every organism, and what guessing gets; empty where not run."""
     methods = list(dict.fromkeys(cell.method for cell in cells))
-    organisms = list(dict.fromkeys(cell.organism for cell in cells))
-    by_key = {(cell.organism, cell.method): cell for cell in cells}
-    lines = [f"{'found, IoU':<16}" + "".join(f"{f'{o.planted} s{o.seed}':>15}" for o in organisms)]
+    of_organism = {cell.organism: cell for cell in cells}
+    texts = {(cell.organism, cell.method): f"{cell.range} {cell.score.iou:.2f}" for cell in cells}
+    lines = [f"{'found, IoU':<16}" + "".join(f"{f'{o.planted} s{o.seed}':>15}" for o in of_organism)]
     for method in methods:
-        row = (by_key[o, method] for o in organisms)
-        lines.append(f"{method:<16}" + "".join(f"{f'{c.range} {c.score.iou:.2f}':>15}" for c in row))
-    for guess in GUESSES:
-        lines.append(f"{guess:<16}" + "".join(f"{guessed_iou(guess, o.planted, n_layers):>15.2f}" for o in organisms))
+        lines.append(f"{method:<16}" + "".join(f"{texts.get((o, method), ''):>15}" for o in of_organism))
+    for name in (*GUESSES, *ORACLES):
+        ious = (baseline_iou(name, cell) for cell in of_organism.values())
+        lines.append(f"{name:<16}" + "".join(f"{iou:>15.2f}" for iou in ious))
     return "\n".join(lines)
 
 
-def guessed_iou(guess: str, planted: sm.LayerRange, n_layers: int) -> float:
-    if guess == "middle third":
-        return middle_third(n_layers).iou(planted)
-    return random_iou(planted, n_layers)
+def baseline_iou(name: str, cell: Cell) -> float:
+    """What a guess or an oracle gets on a cell's organism."""
+    planted, found = cell.organism.planted, cell.transplants
+    if name == "middle third":
+        return middle_third(cell.n_layers).iou(planted)
+    if name == "random range":
+        return random_iou(planted, cell.n_layers)
+    return overlap(found.core(ORACLES[name]) if found else None, planted)
 
 
 Summary = dict[str, Any]
 
 
-def summaries(cells: Sequence[Cell], n_layers: int) -> dict[str, dict[str, Summary]]:
+def summaries(cells: Sequence[Cell]) -> dict[str, dict[str, Summary]]:
     """By role, then by method; organisms that do not refuse as the aligned model does are left out."""
     groups = {
         role: [c for c in cells if c.organism.role == role and c.organism.passes] for role in sorted(roles(cells))
     }
     groups["all"] = [c for c in cells if c.organism.passes]
-    return {name: summary_of(part, n_layers) for name, part in groups.items() if part}
+    return {name: summary_of(part) for name, part in groups.items() if part}
 
 
 def roles(cells: Sequence[Cell]) -> set[Role]:
     return {cell.organism.role for cell in cells}
 
 
-def summary_of(cells: Sequence[Cell], n_layers: int) -> dict[str, Summary]:
+def summary_of(cells: Sequence[Cell]) -> dict[str, Summary]:
     """Means with 95 % intervals over planted ranges: two seeds of one range are drawn together, as one."""
     table: dict[str, Summary] = {}
     for method in dict.fromkeys(cell.method for cell in cells):
@@ -423,10 +425,10 @@ def summary_of(cells: Sequence[Cell], n_layers: int) -> dict[str, Summary]:
             "core_iou": mean_estimate([cell.core_iou for cell in row], planted),
             **centre_figures(answered),
         }
-    organisms = list(dict.fromkeys(cell.organism for cell in cells))
-    for guess in GUESSES:
-        ious = [guessed_iou(guess, o.planted, n_layers) for o in organisms]
-        table[guess] = {"organisms": len(ious), "iou": mean_estimate(ious, [str(o.planted) for o in organisms])}
+    of_organism = {cell.organism: cell for cell in cells}
+    for name in (*GUESSES, *ORACLES):
+        ious = [baseline_iou(name, cell) for cell in of_organism.values()]
+        table[name] = {"organisms": len(ious), "iou": mean_estimate(ious, [str(o.planted) for o in of_organism])}
     return table
 
 
@@ -476,9 +478,8 @@ def page_of(
     role = "held out" if "held out" in found else next(iter(found), None)
     lead = "No organism refuses as the aligned model does: there is no summary."
     if role:
-        best = max(
-            (name for name in found[role] if name not in GUESSES), key=lambda name: found[role][name]["iou"].value
-        )
+        locators = [name for name in found[role] if name not in (*GUESSES, *ORACLES)]
+        best = max(locators, key=lambda name: found[role][name]["iou"].value)
         lead = (
             f"On {role} organisms the locator with the greatest mean IoU is {best}: {found[role][best]['iou']}; "
             f"guessing the middle third gets {found[role]['middle third']['iou']}."
@@ -528,7 +529,10 @@ def plot_scores(cells: Sequence[Cell], n_layers: int) -> Figure:
     by_key = {(cell.organism, cell.method): cell for cell in cells}
     for index, ax in enumerate(axes):
         organism, method = organisms[index // len(methods)], methods[index % len(methods)]
-        cell = by_key[organism, method]
+        cell = by_key.get((organism, method))
+        if cell is None:
+            ax.set_visible(False)
+            continue
         ax.axvspan(organism.planted.start - 0.5, organism.planted.end + 0.5, color="#F0E442", alpha=0.4, linewidth=0)
         if cell.found:
             scores = cell.found.scores - cell.found.scores.min()

@@ -7,6 +7,7 @@ for nothing. The CORE is the narrowest range of the aligned model's layers that 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -25,11 +26,29 @@ CORE_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Transplants:
-    """`shares[i, j]`: share of the margin gained by alignment that layers i..j alone, put into the base, give it; NaN
-    where not measured. It may exceed 1, or be negative. `gained`: that margin, in nats."""
+    """`shares[i, j]`: share of the margin gained by alignment that layers i..j alone, put into the base, give it; it
+    may exceed 1, or be negative. `refused[i, j]`: share of malicious prompts that are then more likely refused than
+    not. Both NaN where not measured. `gained`: the margin, in nats."""
 
     shares: Float[Tensor, "start end"]
+    refused: Float[Tensor, "start end"]
     gained: float
+
+    @classmethod
+    def from_plain(cls, record: dict[str, Any]) -> "Transplants":
+        """Back from JSON as `to_plain` gave it."""
+        shares, refused = (torch.full([record["n_layers"]] * 2, torch.nan, dtype=torch.float64) for _ in range(2))
+        for start, end, share, part in record["cells"]:
+            shares[start, end], refused[start, end] = share, part
+        return cls(shares, refused, record["gained"])
+
+    def to_plain(self) -> dict[str, Any]:
+        """What JSON knows; of every measured range [start, end, share, refused]."""
+        cells = [
+            [start, end, float(self.shares[start, end]), float(self.refused[start, end])]
+            for start, end in (~self.shares.isnan()).nonzero().tolist()
+        ]
+        return {"n_layers": len(self.shares), "gained": self.gained, "cells": cells}
 
     def core(self, share: float = CORE_SHARE) -> LayerRange | None:
         """The narrowest range with at least this share; of equally narrow ones that with the greatest share."""
@@ -65,15 +84,17 @@ def transplant(
         for texts in (malicious, normal)
     ]
 
-    def measured(part: LayerRange | None) -> float:
-        return float(margin(*(ranges.log_odds(part) for ranges in sets)))
+    def measured(part: LayerRange | None) -> tuple[float, float]:
+        log_odds = [ranges.log_odds(part) for ranges in sets]
+        return float(margin(*log_odds)), float((log_odds[0] > 0).double().mean())
 
-    before = measured(None)
-    gained = measured(LayerRange(0, base.cfg.n_layers - 1)) - before
+    before, _ = measured(None)
+    gained = measured(LayerRange(0, base.cfg.n_layers - 1))[0] - before
     if not gained > 0:
         raise ValueError(f"the margin is {gained:+.2f} nats above the base's: expected a model that was aligned")
-    shares = torch.full((base.cfg.n_layers, base.cfg.n_layers), torch.nan, dtype=torch.float64)
+    shares, refused = (torch.full([base.cfg.n_layers] * 2, torch.nan, dtype=torch.float64) for _ in range(2))
     for start in layers:
         for end in range(start, layers.end + 1):
-            shares[start, end] = (measured(LayerRange(start, end)) - before) / gained
-    return Transplants(shares, gained)
+            after, refused[start, end] = measured(LayerRange(start, end))
+            shares[start, end] = (after - before) / gained
+    return Transplants(shares, refused, gained)

@@ -1,5 +1,6 @@
 """The core of a model of which we know what was put into it."""
 
+import json
 import math
 
 import pytest
@@ -44,14 +45,20 @@ def test_shares_are_those_of_models_put_together():
             assert float(found.shares[start, end]) == pytest.approx(expected, abs=1e-6)
     assert float(found.shares[3, 3]) == pytest.approx(0, abs=1e-6), "control: layer 3 is the base's"
     assert float(found.shares[1, 4]) == pytest.approx(1)
+    whole = refusal_log_odds(model, sets[0], openings=OPENINGS)
+    assert float(found.refused[1, 4]) == float((whole > 0).double().mean())
     assert margin_of(base) == margin_of(built())
+    again = Transplants.from_plain(json.loads(json.dumps(found.to_plain())))
+    assert torch.equal(again.shares.nan_to_num(9), found.shares.nan_to_num(9))
+    assert torch.equal(again.refused.nan_to_num(9), found.refused.nan_to_num(9))
+    assert again.gained == found.gained
 
 
 def test_the_core_is_the_narrowest_range_with_enough():
     shares = torch.full((4, 4), torch.nan, dtype=torch.float64)
     for (start, end), share in {(0, 0): 0.1, (1, 1): 0.5, (2, 2): 0.3, (0, 1): 0.6, (1, 2): 0.85, (0, 2): 1.0}.items():
         shares[start, end] = share
-    found = Transplants(shares, 3.0)
+    found = Transplants(shares, shares, 3.0)
     assert found.core() == LayerRange(1, 2)
     assert found.core(0.9) == LayerRange(0, 2)
     assert found.core(0.4) == LayerRange(1, 1)

@@ -13,6 +13,7 @@ import torch
 
 import safety_mech as sm
 from safety_mech.adapters import low_rank_adapters, save_adapter
+from safety_mech.core import Transplants
 from safety_mech.located import Located
 from safety_mech.results import write_json
 
@@ -142,8 +143,14 @@ def cell(planted: ModuleType, truth: str, found: str | None, seed: int = 0, meth
     rates = (0.95, 0.02) if passes else (0.5, 0.02)
     organism = planted.Organism(Path(f"o-{truth}-{seed}"), sm.LayerRange.parse(truth), seed, role, *rates)
     located = Located(method, sm.LayerRange.parse(found) if found else None, torch.zeros(30).double())
-    core = planted.Core(organism.planted, organism.planted.start, 0.9, 3.0)
-    return planted.Cell(organism, core, method, located, "", 1.0, 30)
+    return planted.Cell(organism, carried_by({organism.planted: 1.0}), method, located, "", 1.0, 30)
+
+
+def carried_by(shares: dict[sm.LayerRange, float]) -> Transplants:
+    table = torch.full((30, 30), torch.nan, dtype=torch.float64)
+    for layers, share in shares.items():
+        table[layers.start, layers.end] = share
+    return Transplants(table, table.clone(), 3.0)
 
 
 def test_summary_by_hand(planted):
@@ -153,33 +160,51 @@ def test_summary_by_hand(planted):
         cell(planted, "18-23", None),
         cell(planted, "8-21", "0-1", passes=False),
     ]
-    row = planted.summaries(cells, 30)["design"]["m"]
+    row = planted.summaries(cells)["design"]["m"]
     assert (row["organisms"], row["answered"], row["centre_hits"]) == (3, 2, 1)  # 17.5 lies behind 17
     assert row["iou"].value == pytest.approx((1 + 3 / 9 + 0) / 3)
     assert (row["start_error"], row["end_error"]) == (1.5, 1.5)
     assert row["core_iou"].value == row["iou"].value, "here, the core is all that was planted"
     assert row["slope"].value == pytest.approx((17.5 - 7.5) / (14.5 - 7.5))
-    guess = planted.summaries(cells, 30)["design"]["middle third"]
+    guess = planted.summaries(cells)["design"]["middle third"]
     assert guess["iou"].value == pytest.approx((1 / 15 + 6 / 10 + 2 / 14) / 3)
 
 
 def test_seeds_of_one_range_are_drawn_together(planted):
     once = [cell(planted, truth, found) for truth, found in (("5-10", "5-10"), ("12-17", "1-2"), ("20-26", "20-23"))]
     twice = [*once, *(replace(c, organism=replace(c.organism, seed=1, role="held out")) for c in once)]
-    assert planted.summary_of(twice, 30)["m"]["iou"] == planted.summary_of(once, 30)["m"]["iou"]
+    assert planted.summary_of(twice)["m"]["iou"] == planted.summary_of(once)["m"]["iou"]
 
 
 def test_a_core_that_is_less_than_what_was_planted(planted):
     found = cell(planted, "5-10", "9-10")
-    narrow = replace(found, core=planted.Core(sm.LayerRange(9, 10), 9, 0.7, 3.0))
+    shares = {sm.LayerRange(9, 9): 0.7, sm.LayerRange(9, 10): 0.8, sm.LayerRange(5, 10): 1.0}
+    narrow = replace(found, transplants=carried_by(shares))
     assert (narrow.score.iou, narrow.core_iou) == (pytest.approx(2 / 6), 1.0)
-    assert replace(found, core=None).core_iou == 0.0
-    assert "[9, 10]  9 (70% of 3.0 nats)" in planted.organism_table([narrow])
-    assert planted.core_from({"core": None, "detail": "no margin"}) is None
+    assert replace(found, transplants=None).core_iou == 0.0
+    (line,) = [line for line in planted.organism_table([narrow]).splitlines() if line.startswith("o-5-10-0")]
+    assert line.split("%", 2)[2].split() == ["[9,", "10]", "[5,", "10]", "9", "(70%", "of", "3.0", "nats)"]
+    table = planted.summary_of([narrow])
+    assert table["core of 80%"]["iou"].value == pytest.approx(2 / 6)
+    assert table["core of 95%"]["iou"].value == 1.0
+    assert planted.summary_of([replace(found, transplants=None)])["core of 80%"]["iou"].value == 0.0
+
+
+def test_a_method_that_was_not_run_on_an_organism_leaves_a_hole(planted):
+    cells = [
+        cell(planted, "5-10", "5-10", method="a"),
+        cell(planted, "5-10", "5-10", method="b"),
+        cell(planted, "12-17", "12-17", method="a"),
+    ]
+    rows = {line.split()[0]: line for line in planted.cell_table(cells).splitlines()}
+    assert rows["a"].count("1.00") == 2
+    assert rows["b"].count("1.00") == 1
+    assert planted.summary_of(cells)["b"]["organisms"] == 1
+    assert sum(ax.get_visible() for ax in planted.plot_scores(cells, 30).axes) == 3
 
 
 def test_one_answer_for_all_has_slope_0(planted):
-    row = planted.summary_of([cell(planted, truth, "10-17") for truth in ("5-10", "12-17", "18-23")], 30)["m"]
+    row = planted.summary_of([cell(planted, truth, "10-17") for truth in ("5-10", "12-17", "18-23")])["m"]
     assert row["slope"].value == 0.0
     assert str(row["correlation"]) == "undefined"
 
