@@ -70,9 +70,17 @@ def swap_losses(
     template: str | Template = "own",
     openings: Sequence[str] = REFUSAL_OPENINGS,
 ) -> Float[Tensor, "prompt layer"]:
-    """What every prompt's refusal log-odds (nats) lose when one layer is the base's; prefixes kept (METHOD 5)."""
+    """What every prompt's refusal log-odds (nats) lose when one layer is the base's; prefixes kept (METHOD 5).
+
+    A layer that is the base's to the last bit loses nothing, and is not run.
+    """
     ranges = ScaledRanges(
         model, prompts, 1.0, template=template, openings=openings, change=lambda layers: swapped(model, base, layers)
     )
-    singles = [ranges.log_odds(LayerRange(layer, layer)) for layer in range(model.cfg.n_layers)]
-    return ranges.log_odds(None)[:, None] - torch.stack(singles, dim=1)
+    unchanged = ranges.log_odds(None)
+    lost = torch.zeros(len(prompts), model.cfg.n_layers, dtype=torch.float64)
+    for layer in range(model.cfg.n_layers):
+        pairs = zip(*_parameters(model, base, layer), strict=True)
+        if not all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in pairs):
+            lost[:, layer] = unchanged - ranges.log_odds(LayerRange(layer, layer))
+    return lost

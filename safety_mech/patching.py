@@ -93,7 +93,8 @@ def patch_twins(
        before, and the output of, every layer;
     2. for every layer k: run block k on the kept stream with the other twin's output, then blocks k+1..end.
 
-    So layers before k are never run again: n (n + 1) / 2 blocks instead of n^2. float64, on the CPU.
+    So layers before k are never run again: n (n + 1) / 2 blocks instead of n^2. Nor are positions before the first
+    that is exchanged, for which nothing changes: their keys and values are kept. float64, on the CPU.
     Raises ValueError for no pairs, twins of unequal token length (naming the pair), or an unknown `what`.
     """
     if what not in PATCHES:
@@ -117,7 +118,7 @@ def patch_twins(
             lengths = [2 * (len(chat) - len(opening)) for chat in sides[0]]
             for rows in equal_length_batches(lengths, batch_tokens):
                 tokens = torch.cat([stack_rest(model, side, rows, len(opening)) for side in sides])
-                cache = opening.cache_for(len(tokens))
+                cache = opening.cache_for(len(tokens), frozen=False)
                 found = _patched_batch(model, tokens, len(opening), cache, chain, PATCHES[what], positions)
                 log_p[:, :, rows] = torch.logaddexp(log_p[:, :, rows], found.unflatten(1, (2, -1)))
                 bar.update(len(rows))
@@ -134,16 +135,25 @@ def _patched_batch(
     points: Sequence[str],
     positions: Positions,
 ) -> Float[Tensor, "row prompt"]:
-    """log p of the chain's openings: row 0 unpatched, row 1 + k with layer k exchanged. Twin of row i: i + half."""
-    last = tokens.shape[1] - 1 - len(chain.tokens)
-    where = {"last": slice(last, last + 1), "answer": slice(last, None), "all": slice(None)}[positions]
+    """log p of the chain's openings: row 0 unpatched, row 1 + k with layer k exchanged. Twin of row i: i + half.
+
+    `cache`: the opening's, unfrozen; it is extended by the positions before the first that is exchanged.
+    """
+    n_read = 1 + len(chain.tokens)
+    first = 0 if positions == "all" else tokens.shape[1] - n_read
+    where = slice(0, 1) if positions == "last" else slice(None)
+    if first:
+        run_blocks(model, embed(model, tokens[:, :first], offset), cache=cache)
+    for entry in cache:
+        entry.frozen = True
+    tokens, offset = tokens[:, first:], offset + first
     outputs: dict[str, Tensor] = {}
 
     def keep(activation: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> None:
         outputs[str(hook.name)] = activation
 
     def read(resid: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, " prompt"]:
-        return chain_log_prob(model, resid[:, last:], chain).cpu()
+        return chain_log_prob(model, resid[:, -n_read:], chain).cpu()
 
     n_layers = model.cfg.n_layers
     names = [[f"blocks.{layer}.{point}" for point in points] for layer in range(n_layers)]

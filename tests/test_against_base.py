@@ -86,7 +86,7 @@ def test_swap_losses_equal_full_forward_passes(two_models):
         with swapped(model, base, LayerRange(layer, layer)):
             expected = plain - refusal_log_odds(model, PROMPTS[2:6], openings=OPENINGS)
         torch.testing.assert_close(found[:, layer], expected, rtol=0, atol=1e-9)
-    assert found[:, [0, 1, 4, 5]].abs().max() < 1e-9
+    assert found[:, [0, 1, 4, 5]].abs().max() == 0  # not even run
     assert found[:, [2, 3]].abs().min() > 1e-3  # control
 
 

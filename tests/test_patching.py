@@ -123,23 +123,32 @@ def test_batches_change_nothing(exact_model, twins):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 
 
-def test_layers_before_the_patch_are_not_run_again(exact_model, twins):
-    """n blocks unpatched and n (n + 1) / 2 patched, for each batch; and one pass for the opening."""
-    runs = [0] * 6
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model, twins, positions):
+    """Block k runs the opening and the rest once, and the exchanged positions k + 1 times."""
+    runs: list[list[int]] = [[] for _ in range(6)]
 
     def count(layer):
         def add(module, args, output):
-            runs[layer] += 1
+            runs[layer].append(output.shape[1])
 
         return add
 
     handles = [block.register_forward_hook(count(layer)) for layer, block in enumerate(exact_model.blocks)]
     try:
-        patch_twins(exact_model, twins[1:], openings=["I"])
+        patch_twins(exact_model, twins[1:], positions=positions, openings=["I"])
     finally:
         for handle in handles:
             handle.remove()
-    assert runs == [1 + 1 + layer + 1 for layer in range(6)]
+    chat, *others = (
+        chat.tokens
+        for pair in twins[1:]
+        for chat in encode_chat(tokenizer_of(exact_model), [pair.malicious, pair.normal])
+    )
+    shared = next(i for i, tokens in enumerate(zip(chat, *others, strict=True)) if len({int(t) for t in tokens}) > 1)
+    rest = len(chat) - shared
+    once = [shared, rest - 1, 1] if positions == "last" else [shared, rest]
+    assert runs == [once + [once[-1]] * (layer + 1) for layer in range(6)]
 
 
 def test_the_model_is_left_as_it_was(tiny_model, twins):
