@@ -10,13 +10,14 @@
 | direction | where harmful and harmless come apart along the difference of means | growth of d' from the layer before |
 | patching | layer outputs exchanged between twins | change of log-odds, nats |
 | decision | the stream exchanged between twins: where the last token first has the decision | share that arrives |
+| decision_window | the same, and three layers before it, which write what it reads | share that arrives |
 | margin, margin_attn, margin_mlp | slope of the margin by the layer's scale (margin.py) | nats per unit of scale |
 | margin_scaled | the same by really scaling, 0.8 and 1.2 | nats per unit of scale |
 
 With the base model at hand (`base_locators(base)`): gap_difference, weight_change, swap.
 
-Ranges: gap, search and grid have rules of their own, which are the paper's, and decision has one (`first_run`); all
-others take the one of segments.py.
+Ranges: gap, search and grid have rules of their own, which are the paper's, and so have decision and decision_window
+(`first_run`); all others take the one of segments.py.
 The paper's search always answers here, also where `locate_by_scaling` would say that there is nothing to find, and
 the middle third of the model is where it starts if there is no gap: both is said in `detail`.
 """
@@ -50,6 +51,9 @@ FINITE_ALPHAS = (0.8, 1.2)
 SEARCH_WINDOW = 4
 DECISION_SHARE = 0.1
 """A layer in which at least this share of the decision arrives is where it is made."""
+DECISION_LEAD = 3
+"""Layers before the decision that decision_window adds: of 0 to 5, the number with the best mean IoU on the three
+design organisms of planted.py (0.22, 0.44, 0.67, 0.69, 0.67, 0.67), fixed before any other one was looked at."""
 
 
 def locate_by_gap(model: HookedTransformer, prompts: PromptSets) -> Located:
@@ -99,22 +103,28 @@ def locate_by_patching(model: HookedTransformer, prompts: PromptSets) -> Located
     return _by_segment("patching", effect.mean(0), _resampled(effect, prompts, _generator(prompts)), detail)
 
 
-def locate_by_decision(model: HookedTransformer, prompts: PromptSets) -> Located:
+def locate_by_decision(model: HookedTransformer, prompts: PromptSets, method: str, lead: int = 0) -> Located:
     """The residual stream at the prompt's last token (and the refusal's, behind it) exchanged between twins after every
     layer: where the effect first grows.
 
     After the last layer the whole difference between twins is exchanged, before the first nothing is; what a layer
     adds is the share of the decision that reaches the last token there. Later layers add to it, too, in models where
-    only early ones were trained to refuse: the first to do so is where it is made.
+    only early ones were trained to refuse: the first to do so is where it is made. `lead`: layers before it that are
+    added, as far as there are any; what reaches the last token there was written at other positions before.
     """
     patched, detail = _patched(model, prompts, what="resid", positions="answer")
     added = patched.effect.diff(dim=0, prepend=torch.zeros_like(patched.effect[:1])).T
     shares = added.mean(0) / added.mean(0).sum()
     samples = _resampled(added, prompts, _generator(prompts))
-    answers = Counter(first_run(row / row.sum(), DECISION_SHARE) for row in samples)
-    found = first_run(shares, DECISION_SHARE)
+    answers = Counter(led_by(first_run(row / row.sum(), DECISION_SHARE), lead) for row in samples)
+    found = led_by(first_run(shares, DECISION_SHARE), lead)
     held = float(shares[found.start : found.end + 1].sum()) if found else 0.0
-    return Located("decision", found, shares.double(), answers, f"{detail}; {held:.0%} of the decision arrives there")
+    return Located(method, found, shares.double(), answers, f"{detail}; {held:.0%} of the decision arrives there")
+
+
+def led_by(found: LayerRange | None, lead: int) -> LayerRange | None:
+    """The range with as many layers before it added, as far as there are any."""
+    return LayerRange(max(0, found.start - lead), found.end) if found else None
 
 
 def first_run(scores: Float[Tensor, " layer"], least: float) -> LayerRange | None:
@@ -163,7 +173,8 @@ LOCATORS: dict[str, Locator] = {
     "grid": locate_by_grid,
     "direction": locate_by_direction,
     "patching": locate_by_patching,
-    "decision": locate_by_decision,
+    "decision": partial(locate_by_decision, method="decision"),
+    "decision_window": partial(locate_by_decision, method="decision_window", lead=DECISION_LEAD),
     "margin": partial(locate_by_margin, method="margin"),
     "margin_attn": partial(locate_by_margin, method="margin_attn", parts=("attn_out",)),
     "margin_mlp": partial(locate_by_margin, method="margin_mlp", parts=("mlp_out",)),

@@ -9,6 +9,7 @@ from conftest import ANSWER, PROMPTS, REFUSAL, build_tiny_model
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
+from safety_mech import locators
 from safety_mech.against_base import swap_losses, weight_change
 from safety_mech.directions import separation
 from safety_mech.finetune import TrainConfig, fine_tune
@@ -16,12 +17,14 @@ from safety_mech.freeze import layer_of
 from safety_mech.locate import locate_by_scaling
 from safety_mech.located import Located, PromptSets
 from safety_mech.locators import (
+    DECISION_LEAD,
     DECISION_SHARE,
     FINITE_ALPHAS,
     LOCATORS,
     SAMPLES,
     base_locators,
     first_run,
+    led_by,
     locate,
 )
 from safety_mech.margin import finite_slopes, log_odds_slopes, margin
@@ -50,7 +53,7 @@ def answers(refusing_model: HookedTransformer, base: HookedTransformer, sets: Pr
 
 
 def test_all_have_one_shape(answers):
-    assert len(answers) == 15
+    assert len(answers) == 16
     for name, found in answers.items():
         assert found.method == name
         assert found.scores.shape == (4,)
@@ -106,8 +109,27 @@ def test_decision(refusing_model, sets, answers):
     torch.testing.assert_close(shares.cumsum(0), effect / whole)
     assert float(shares.sum()) == pytest.approx(1), "after the last layer all is exchanged"
     assert answers["decision"].range == first_run(shares, DECISION_SHARE)
+    window = answers["decision_window"]
+    torch.testing.assert_close(window.scores, shares)
+    assert window.range == led_by(answers["decision"].range, DECISION_LEAD)
+    assert window.samples.total() == answers["decision"].samples.total() == SAMPLES
     with pytest.raises(ValueError, match="0 pairs with twins of equal token length"):
         LOCATORS["decision"](refusing_model, replace(sets, pairs=()))
+
+
+def test_the_window_ends_with_the_decision(refusing_model, sets, monkeypatch):
+    """Here the decision is in layer 0, whose window is no wider: as if it were in layer 3."""
+    monkeypatch.setattr(locators, "first_run", lambda scores, least: sm.LayerRange(3, 3))
+    ranges = {name: LOCATORS[name](refusing_model, sets) for name in ("decision", "decision_window")}
+    assert ranges["decision"].range == sm.LayerRange(3, 3)
+    assert ranges["decision_window"].range == sm.LayerRange(3 - DECISION_LEAD, 3)
+    assert ranges["decision_window"].samples == {sm.LayerRange(3 - DECISION_LEAD, 3): SAMPLES}
+
+
+def test_a_lead_ends_at_the_first_layer():
+    assert led_by(sm.LayerRange(5, 6), 3) == sm.LayerRange(2, 6)
+    assert led_by(sm.LayerRange(1, 1), 3) == sm.LayerRange(0, 1)
+    assert led_by(None, 3) is None
 
 
 @pytest.mark.parametrize(
