@@ -1,7 +1,8 @@
 """Does a locator find the layers where refusals were planted? Every locator on every organism, against the truth.
 
-    python experiments/planted.py --train --roles design     # make what is missing, look at the design organisms only
-    python experiments/planted.py --train                    # all of them: for locators that are not changed any more
+    python experiments/planted.py                                         # the ten shipped organisms
+    python experiments/planted.py --train --adapters results/adapters     # make them again first
+    python experiments/planted.py --roles design                          # while a locator may still be changed
 
 Organisms are adapters of which only a known range of layers was trained (align.py). DESIGN organisms may be looked at
 while locators are chosen and changed; HELD OUT ones (all second seeds, and two ranges) only afterwards.
@@ -36,6 +37,7 @@ from safety_mech.agreement import (
 )
 from safety_mech.command_line import run
 from safety_mech.core import CORE_SHARE, Transplants, transplant
+from safety_mech.data_files import data_folder
 from safety_mech.located import Located, PromptSets, attempt
 from safety_mech.locators import LOCATORS, base_locators
 from safety_mech.models import find_source
@@ -44,6 +46,7 @@ from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
 Role = Literal["design", "held out", "unlisted"]
+SHIPPED = "shipped"
 BASE_METHODS = ("gap_difference", "weight_change", "swap")
 GUESSES = ("middle third", "random range")
 """Baselines: what one may guess without looking at the model."""
@@ -61,7 +64,7 @@ class PlantedConfig:
 
     model: str = "smollm2-135m-instruct"
     """The base model, before alignment."""
-    adapters: str = "results/adapters"
+    adapters: str = SHIPPED
     """Folder of organisms: every sub-folder with an adapter and a recipe.json that names its planted range."""
     design: tuple[str, ...] = ("5-10", "18-23", "10-12")
     """Planted ranges whose FIRST seed is for design: early, late, narrow."""
@@ -71,7 +74,7 @@ class PlantedConfig:
     roles: tuple[Role, ...] = ("design", "held out", "unlisted")
     """Which organisms are measured: `--roles design` while a locator may still be changed."""
     train: bool = False
-    """Make the organisms of these lists that are missing: some minutes each."""
+    """Make the organisms of these lists that are missing from --adapters: under half an hour each."""
     epochs: int = 3
     batch_size: int = 8
     learning_rate: float = 3e-3
@@ -144,7 +147,8 @@ def main(config: PlantedConfig) -> Path:
         train_missing(config)
     organisms = [o for o in find_organisms(config) if o.role in config.roles]
     if not organisms:
-        raise ValueError(f"no organism of {', '.join(config.roles)} in {config.adapters!r}: make them with --train")
+        roles = ", ".join(config.roles)
+        raise ValueError(f"no organism of {roles} in {config.adapters!r}: make them with --train --adapters FOLDER")
     prompts = load_sets(config)
     cells: list[Cell] = []
     for organism in organisms:
@@ -187,6 +191,8 @@ def check_config(config: PlantedConfig) -> None:
         sm.LayerRange.parse(text)
     if set(config.design) & set(config.held_out):
         raise ValueError("a planted range is in both lists, design and held_out: expected each in one")
+    if config.train and config.adapters == SHIPPED:
+        raise ValueError("--train makes organisms in a folder of yours: name one, like --adapters results/adapters")
     find_source(config.model)
     check_writable(config.out)
 
@@ -211,13 +217,17 @@ def organism_name(planted: sm.LayerRange, seed: int) -> str:
     return f"planted-{planted.start}-{planted.end}-seed{seed}"
 
 
+def adapters_folder(config: PlantedConfig) -> Path:
+    return data_folder() / "adapters" / "organisms" if config.adapters == SHIPPED else Path(config.adapters)
+
+
 def train_missing(config: PlantedConfig) -> None:
     """Run align.py for every listed organism of the wanted roles that has no recipe.json yet."""
     for planted, seed in wanted(config):
         name = organism_name(planted, seed)
         if (
             role_of(planted, seed, config) not in config.roles
-            or (Path(config.adapters) / name / "recipe.json").is_file()
+            or (adapters_folder(config) / name / "recipe.json").is_file()
         ):
             continue
         print(f"organism {name} ...", flush=True)
@@ -241,7 +251,7 @@ def train_missing(config: PlantedConfig) -> None:
 def find_organisms(config: PlantedConfig) -> list[Organism]:
     """All adapters of the folder whose recipe names a planted range, by role, then range, then seed."""
     found = []
-    for path in sorted(Path(config.adapters).glob("*/recipe.json")):
+    for path in sorted(adapters_folder(config).glob("*/recipe.json")):
         report = json.loads(path.read_text("utf-8"))
         planted = report["recipe"]["planted"]
         if planted is None or report["base_model"] != config.model:
@@ -475,24 +485,29 @@ def page_of(
     figures: dict[str, Figure],
     prompt_hashes: dict[str, str],
 ) -> str:
-    role = "held out" if "held out" in found else next(iter(found), None)
-    lead = "No organism refuses as the aligned model does: there is no summary."
-    if role:
-        locators = [name for name in found[role] if name not in (*GUESSES, *ORACLES)]
-        best = max(locators, key=lambda name: found[role][name]["iou"].value)
-        lead = (
-            f"On {role} organisms the locator with the greatest mean IoU is {best}: {found[role][best]['iou']}; "
-            f"guessing the middle third gets {found[role]['middle third']['iou']}."
-        )
-    centres = "Found range over planted centre, a panel a locator; on the diagonal is the truth"
-    scores = "Scores by layer, a row an organism, a column a locator; the planted range is shaded"
     sections = [
-        Section("Found against planted", [report.figure(figures["centres"], centres, wide=True)]),
+        Section("Found against planted", [report.figure(figures["centres"], CENTRES_CAPTION, wide=True)]),
         Section("Tables", [report.fixed_width(text)]),
-        Section("Scores", [report.figure(figures["scores"], scores, wide=True)]),
+        Section("Scores", [report.figure(figures["scores"], SCORES_CAPTION, wide=True)]),
         report.settings_section(config, prompt_hashes),
     ]
-    return report_page("Do locators find the layers where refusals were planted?", lead, sections)
+    return report_page("Do locators find the layers where refusals were planted?", lead_of(found), sections)
+
+
+CENTRES_CAPTION = "Found range over planted centre, a panel a locator; on the diagonal is the truth"
+SCORES_CAPTION = "Scores by layer, a row an organism, a column a locator; the planted range is shaded"
+
+
+def lead_of(found: dict[str, dict[str, Summary]]) -> str:
+    """The best locator that needs no base, against a guess and an oracle; of held-out organisms, if there are any."""
+    role = "held out" if "held out" in found else next(iter(found), None)
+    if role is None:
+        return "No organism refuses as the aligned model does: there is no summary."
+    table = found[role]
+    without_base = [name for name in table if name in LOCATORS] or [n for n in table if n in BASE_METHODS]
+    best = max(without_base, key=lambda name: table[name]["iou"].value)
+    others = "; ".join(f"{name} {table[name]['iou']}" for name in ("middle third", *ORACLES))
+    return f"On {role} organisms the greatest mean IoU is that of {best}: {table[best]['iou']}. To compare: {others}."
 
 
 def plot_centres(cells: Sequence[Cell], n_layers: int) -> Figure:
