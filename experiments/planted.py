@@ -11,7 +11,7 @@ A killed run goes on where it was: every finished (organism, locator) is a file 
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -38,7 +38,7 @@ from safety_mech.agreement import (
 from safety_mech.command_line import run
 from safety_mech.core import CORE_SHARE, Transplants, transplant
 from safety_mech.data_files import data_folder
-from safety_mech.located import Located, PromptSets, attempt
+from safety_mech.located import Located, PromptSets, attempt, shared_measurements
 from safety_mech.locators import LOCATORS, base_locators
 from safety_mech.models import find_source
 from safety_mech.plots import BLUE, GREY, ORANGE, new_figure
@@ -87,6 +87,8 @@ class PlantedConfig:
     """Of these, the ones that are run on first seeds only: the two take as long as all others together."""
     n_prompts: int = 64
     """Normal and malicious test prompts, of each; and of matched pairs before those of unequal length are left out."""
+    n_margin_scaled: int = 16
+    """Of each kind, for margin_scaled."""
     n_over_rejection: int = 16
     """Over-rejection prompts, for the paper's search and the whole grid: most of the time."""
     template: str = "own"
@@ -152,9 +154,10 @@ def main(config: PlantedConfig) -> Path:
     prompts = load_sets(config)
     cells: list[Cell] = []
     for organism in organisms:
-        for cell in measure(organism, prompts, config):
-            cells.append(cell)
-            print(line_of(cell), flush=True)
+        with shared_measurements():
+            for cell in measure(organism, prompts, config):
+                cells.append(cell)
+                print(line_of(cell), flush=True)
     n_layers = cells[0].n_layers
     found, prompt_hashes = summaries(cells), prompts.hashes()
     text = "\n".join([organism_table(cells), "", cell_table(cells), "", summary_table(found)])
@@ -184,7 +187,7 @@ def check_config(config: PlantedConfig) -> None:
     for method in (*config.methods, *config.first_seed_methods):
         if method not in known:
             raise ValueError(f"method {method!r}: expected some of {', '.join(known)}")
-    for name in ("n_prompts", "n_over_rejection", "epochs", "batch_size", "rank"):
+    for name in ("n_prompts", "n_over_rejection", "n_margin_scaled", "epochs", "batch_size", "rank"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
     for text in (*config.design, *config.held_out):
@@ -287,10 +290,18 @@ def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> I
     for method in config.methods:
         if method in config.first_seed_methods and organism.seed != config.seeds[0]:
             continue
-        path = cell_path(organism, method, prompts, config)
+        path = cell_path(organism, method, prompts_for(method, prompts, config), config)
         record = kept(path, partial(locate_once, organism, method, prompts, config, models))
         found = Located.from_plain(record["found"]) if record["found"] else None
         yield Cell(organism, transplants, method, found, record["detail"], record["seconds"], record["n_layers"])
+
+
+def prompts_for(method: str, prompts: PromptSets, config: PlantedConfig) -> PromptSets:
+    """All, but for margin_scaled, which runs the model twice a layer."""
+    if method != "margin_scaled":
+        return prompts
+    few = config.n_margin_scaled
+    return replace(prompts, normal=prompts.normal[:few], malicious=prompts.malicious[:few])
 
 
 def cell_path(organism: Organism, method: str, prompts: PromptSets, config: PlantedConfig) -> Path:
@@ -307,7 +318,8 @@ def locate_once(
     load_models(organism, prompts, config, models, base=method in BASE_METHODS)
     locator = base_locators(models["base"])[method] if method in BASE_METHODS else LOCATORS[method]
     started = perf_counter()
-    found, detail = attempt(locator, models["model"], models["prompts"])
+    sets = replace(prompts_for(method, prompts, config), openings=models["openings"])
+    found, detail = attempt(locator, models["model"], sets)
     answer = {"found": found.to_plain() if found else None, "detail": detail}
     return {**answer, "seconds": perf_counter() - started, "n_layers": models["model"].cfg.n_layers}
 
@@ -316,9 +328,9 @@ def core_once(organism: Organism, prompts: PromptSets, config: PlantedConfig, mo
     """The core, as it is kept."""
     load_models(organism, prompts, config, models, base=True)
     sets = (prompts.malicious[:CORE_PROMPTS], prompts.normal[:CORE_PROMPTS])
-    openings = models["prompts"].openings
+    pair = (models["model"], models["base"])
     try:
-        found = transplant(models["model"], models["base"], organism.planted, *sets, config.template, openings)
+        found = transplant(*pair, organism.planted, *sets, config.template, models["openings"])
     except ValueError as error:
         return {"core": None, "detail": str(error)}
     return {"core": found.to_plain(), "detail": ""}
@@ -327,10 +339,10 @@ def core_once(organism: Organism, prompts: PromptSets, config: PlantedConfig, mo
 def load_models(
     organism: Organism, prompts: PromptSets, config: PlantedConfig, models: dict[str, Any], base: bool
 ) -> None:
-    """Into `models`, what is not there yet: the organism, the prompts with the openings it uses, its base if asked."""
+    """Into `models`, what is not there yet: the organism, the openings that it uses, its base if asked for."""
     if "model" not in models:
         models["model"] = sm.load_model(config.model, adapter=organism.folder)
-        models["prompts"] = prompts.with_openings(models["model"])
+        models["openings"] = prompts.with_openings(models["model"]).openings
     if base and "base" not in models:
         models["base"] = sm.load_model(config.model)
 

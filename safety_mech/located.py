@@ -1,9 +1,11 @@
 """What goes into a locator and what comes out of it: prompt sets; a range, with per-layer scores."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -71,6 +73,34 @@ class Located:
 
 
 Locator = Callable[[HookedTransformer, PromptSets], Located]
+
+
+T = TypeVar("T")
+_shared: ContextVar[dict[Any, Any] | None] = ContextVar("_shared", default=None)
+
+
+@contextmanager
+def shared_measurements() -> Iterator[None]:
+    """While inside, what several locators need of one model and one prompt set is measured once.
+
+    Change no model while inside: what was measured before would still be given.
+    """
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def measured_once(what: tuple[Any, ...], model: HookedTransformer, prompts: PromptSets, measure: Callable[[], T]) -> T:
+    """`measure()`; inside of `shared_measurements`, what it gave for the same `what`, model and prompts before."""
+    shared = _shared.get()
+    if shared is None:
+        return measure()
+    key = (what, id(model), tuple(prompts.hashes().items()), prompts.template, prompts.openings, prompts.seed)
+    if key not in shared:
+        shared[key] = (model, measure())  # the model is held, so that its id is not given to another one
+    return shared[key][1]
 
 
 def attempt(locator: Locator, model: HookedTransformer, prompts: PromptSets) -> tuple[Located | None, str]:

@@ -38,7 +38,7 @@ from safety_mech.directions import separation
 from safety_mech.divergence import GapCurve, gap_curve, gap_difference
 from safety_mech.layers import LayerRange
 from safety_mech.locate import SafetyLayers, direction_of, grid_best, locate_by_scaling
-from safety_mech.located import Located, Locator, PromptSets
+from safety_mech.located import Located, Locator, PromptSets, measured_once
 from safety_mech.margin import PARTS, finite_slopes, log_odds_slopes, margin
 from safety_mech.onset import DIFFERENCE_RULE, initial_range, initial_range_samples
 from safety_mech.patching import Patching, Positions, equal_length_twins, patch_twins
@@ -144,10 +144,12 @@ def locate_by_margin(
     """Slope of the margin by the scale on a layer's outputs; of several parts their sum, that of both at once."""
     prompts = prompts.with_openings(model)
     chosen = [PARTS.index(part) for part in parts]
-    slopes = [
-        log_odds_slopes(model, texts, prompts.template, _openings(prompts))[:, chosen].sum(1)
-        for texts in (prompts.malicious, prompts.normal)
-    ]
+
+    def measure() -> list[Float[Tensor, "prompt part layer"]]:
+        sets = (prompts.malicious, prompts.normal)
+        return [log_odds_slopes(model, texts, prompts.template, _openings(prompts)) for texts in sets]
+
+    slopes = [part[:, chosen].sum(1) for part in measured_once(("slopes",), model, prompts, measure)]
     return _by_margin(method, slopes[0], slopes[1], prompts)
 
 
@@ -263,7 +265,12 @@ def _patched(
     twins = equal_length_twins(model, prompts.pairs, prompts.template) if prompts.pairs else []
     if len(twins) < 2:
         raise ValueError(f"patching: {len(twins)} pairs with twins of equal token length: expected at least 2")
-    found = patch_twins(model, twins, prompts.template, _openings(prompts), what=what, positions=positions)
+    found = measured_once(
+        ("patched", what, positions),
+        model,
+        prompts,
+        lambda: patch_twins(model, twins, prompts.template, _openings(prompts), what=what, positions=positions),
+    )
     return found, f"{len(twins)} of {len(prompts.pairs)} pairs are of equal token length"
 
 
@@ -277,7 +284,7 @@ def _residuals(
 
 
 def _curve(model: HookedTransformer, prompts: PromptSets) -> GapCurve:
-    return gap_curve(*_residuals(model, prompts), seed=prompts.seed)
+    return measured_once(("curve",), model, prompts, lambda: gap_curve(*_residuals(model, prompts), seed=prompts.seed))
 
 
 def _search(

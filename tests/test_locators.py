@@ -15,7 +15,7 @@ from safety_mech.directions import separation
 from safety_mech.finetune import TrainConfig, fine_tune
 from safety_mech.freeze import layer_of
 from safety_mech.locate import locate_by_scaling
-from safety_mech.located import Located, PromptSets
+from safety_mech.located import Located, PromptSets, shared_measurements
 from safety_mech.locators import (
     DECISION_LEAD,
     DECISION_SHARE,
@@ -124,6 +124,27 @@ def test_the_window_ends_with_the_decision(refusing_model, sets, monkeypatch):
     assert ranges["decision"].range == sm.LayerRange(3, 3)
     assert ranges["decision_window"].range == sm.LayerRange(3 - DECISION_LEAD, 3)
     assert ranges["decision_window"].samples == {sm.LayerRange(3 - DECISION_LEAD, 3): SAMPLES}
+
+
+def test_shared_measurements_are_made_once_for_one_model_and_its_prompts(
+    refusing_model, base, sets, answers, monkeypatch
+):
+    runs = []
+
+    def counted(*args, **settings):
+        runs.append(args[0])
+        return log_odds_slopes(*args, **settings)
+
+    monkeypatch.setattr(locators, "log_odds_slopes", counted)
+    with shared_measurements():
+        for name in ("margin", "margin_attn", "margin_mlp"):
+            torch.testing.assert_close(LOCATORS[name](refusing_model, sets).scores, answers[name].scores)
+        assert len(runs) == 2, "of malicious and normal prompts"
+        LOCATORS["margin"](base, sets)
+        LOCATORS["margin"](refusing_model, replace(sets, normal=MALICIOUS))
+        assert runs == [refusing_model] * 2 + [base] * 2 + [refusing_model] * 2
+    LOCATORS["margin"](refusing_model, sets)
+    assert len(runs) == 8, "control: outside, nothing is kept"
 
 
 def test_a_lead_ends_at_the_first_layer():
