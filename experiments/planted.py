@@ -158,6 +158,9 @@ def main(config: PlantedConfig) -> Path:
             for cell in measure(organism, prompts, config):
                 cells.append(cell)
                 print(line_of(cell), flush=True)
+    if not cells:
+        methods = ", ".join(config.methods)
+        raise ValueError(f"{methods}: run on first seeds only, and there are none: expected others, or these organisms")
     n_layers = cells[0].n_layers
     found, prompt_hashes = summaries(cells), prompts.hashes()
     text = "\n".join([organism_table(cells), "", cell_table(cells), "", summary_table(found)])

@@ -114,6 +114,13 @@ def test_a_locator_that_cannot_be_run_has_no_answer_and_says_why(planted, config
     assert "5 folds of 5 prompts" in cell["detail"]
 
 
+@pytest.mark.whole_run
+def test_a_slow_method_on_second_seeds_only_is_refused(planted, config_for):
+    planted.main(config_for(seeds=(1,), held_out=(), methods=("weight_change",)))
+    with pytest.raises(ValueError, match="grid: run on first seeds only, and there are none"):
+        planted.main(config_for(train=False, methods=("grid",), first_seed_methods=("grid",)))
+
+
 def test_no_organisms(planted, config_for):
     with pytest.raises(ValueError, match="no organism of design, held out, unlisted in"):
         planted.main(config_for(train=False))
