@@ -83,8 +83,8 @@ class PlantedConfig:
     """As in align.py. A few layers learn less in a step than all of them do: the batches are smaller and the rate is
     higher."""
     methods: tuple[str, ...] = (*LOCATORS, *BASE_METHODS)
-    first_seed_methods: tuple[str, ...] = ("grid", "margin_scaled")
-    """Of these, the ones that are run on first seeds only: the two take as long as all others together."""
+    first_seed_methods: tuple[str, ...] = ("grid", "margin_scaled", "search_below")
+    """Of these, the ones that are run on first seeds only: they take as long as all others together."""
     n_prompts: int = 64
     """Normal and malicious test prompts, of each; and of matched pairs before those of unequal length are left out."""
     n_margin_scaled: int = 16
