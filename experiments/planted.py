@@ -41,7 +41,7 @@ from safety_mech.data_files import data_folder
 from safety_mech.located import Located, PromptSets, attempt, shared_measurements
 from safety_mech.locators import LOCATORS, base_locators
 from safety_mech.models import find_source
-from safety_mech.plots import BLUE, GREY, ORANGE, new_figure
+from safety_mech.plots import BLUE, ORANGE, new_figure
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
@@ -165,7 +165,7 @@ def main(config: PlantedConfig) -> Path:
     found, prompt_hashes = summaries(cells), prompts.hashes()
     text = "\n".join([organism_table(cells), "", cell_table(cells), "", summary_table(found)])
     print(f"\n{text}")
-    figures = {"centres": plot_centres(cells, n_layers), "scores": plot_scores(cells, n_layers)}
+    figures = {"ranges": plot_ranges(cells, n_layers), "scores": plot_scores(cells, n_layers)}
     written = write_run(
         config.out,
         "planted",
@@ -501,7 +501,7 @@ def page_of(
     prompt_hashes: dict[str, str],
 ) -> str:
     sections = [
-        Section("Found against planted", [report.figure(figures["centres"], CENTRES_CAPTION, wide=True)]),
+        Section("Found against planted", [report.figure(figures["ranges"], RANGES_CAPTION, wide=True)]),
         Section("Tables", [report.fixed_width(text)]),
         Section("Scores", [report.figure(figures["scores"], SCORES_CAPTION, wide=True)]),
         report.settings_section(config, prompt_hashes),
@@ -509,7 +509,7 @@ def page_of(
     return report_page("Do locators find the layers where refusals were planted?", lead_of(found), sections)
 
 
-CENTRES_CAPTION = "Found range over planted centre, a panel a locator; on the diagonal is the truth"
+RANGES_CAPTION = "Found and planted layers, a panel a locator, a column an organism"
 SCORES_CAPTION = "Scores by layer, a row an organism, a column a locator; the planted range is shaded"
 
 
@@ -525,28 +525,32 @@ def lead_of(found: dict[str, dict[str, Summary]]) -> str:
     return f"On {role} organisms the greatest mean IoU is that of {best}: {table[best]['iou']}. To compare: {others}."
 
 
-def plot_centres(cells: Sequence[Cell], n_layers: int) -> Figure:
-    """One panel a locator: found range (bar, with its centre) over the planted centre; on the diagonal is the truth."""
+def plot_ranges(cells: Sequence[Cell], n_layers: int) -> Figure:
+    """One panel a locator: what was planted (wide, grey) and what was found (narrow), an organism a column."""
     methods = list(dict.fromkeys(cell.method for cell in cells))
+    organisms = sorted({cell.organism for cell in cells}, key=lambda o: (o.planted.centre, o.planted.width, o.seed))
     columns = min(4, len(methods))
-    figure, axes = new_figure(columns, -(-len(methods) // columns), width=3.2, height=3.0)
+    figure, axes = new_figure(columns, -(-len(methods) // columns), width=3.2, height=2.6)
     for ax in axes[len(methods) :]:
         ax.set_visible(False)
     for ax, method in zip(axes, methods, strict=False):
-        ax.plot((0, n_layers - 1), (0, n_layers - 1), color=GREY, linestyle=":", linewidth=1)
-        for cell in (c for c in cells if c.method == method and c.range is not None):
-            assert cell.range is not None
-            x = cell.organism.planted.centre + 0.25 * cell.organism.seed
-            color, marker = (BLUE, "o") if cell.organism.role == "design" else (ORANGE, "s")
-            ax.plot((x, x), (cell.range.start, cell.range.end), color=color, linewidth=2, alpha=0.6)
-            ax.plot(x, cell.range.centre, marker, color=color, markersize=5)
+        found = {cell.organism: cell.range for cell in cells if cell.method == method}
+        for x, organism in enumerate(organisms):
+            bottom, width = organism.planted.start - 0.5, organism.planted.width
+            ax.bar(x, width, bottom=bottom, color="#CCCCCC", width=0.9, linewidth=0, hatch="///", edgecolor="white")
+            layers = found.get(organism)
+            if layers is not None:
+                color = BLUE if organism.role == "design" else ORANGE
+                ax.bar(x, layers.width, bottom=layers.start - 0.5, color=color, width=0.45, edgecolor="black")
+            elif organism in found:
+                ax.text(x, -0.3, "none", rotation=90, ha="center", va="bottom", fontsize=6)
         ax.set_title(method, fontsize=9)
-        ax.set_xlim(-0.6, n_layers - 0.4)
+        ax.set_xticks(range(len(organisms)), [f"{o.planted} s{o.seed}" for o in organisms], rotation=90, fontsize=6)
         ax.set_ylim(-0.6, n_layers - 0.4)
-        ax.set_xlabel("planted centre (layer)", fontsize=8)
-        ax.set_ylabel("found range (layers)", fontsize=8)
+        ax.set_ylabel("layer", fontsize=8)
     figure.suptitle(
-        "found against planted; blue circles: design, orange squares: others; dotted: the truth", fontsize=9
+        "hatched grey: planted; bar: found (blue: design, orange: held out); no bar: not run on second seeds",
+        fontsize=9,
     )
     return figure
 
@@ -568,7 +572,8 @@ def plot_scores(cells: Sequence[Cell], n_layers: int) -> Figure:
             scores = cell.found.scores - cell.found.scores.min()
             ax.plot(range(n_layers), (scores / scores.max().clamp_min(1e-12)).numpy(), color=BLUE, linewidth=1)
         if cell.range:
-            ax.plot((cell.range.start, cell.range.end), (-0.08, -0.08), color=ORANGE, linewidth=3)
+            ends = (cell.range.start - 0.5, cell.range.end + 0.5)
+            ax.plot(ends, (-0.08, -0.08), color=ORANGE, linewidth=3, solid_capstyle="butt")
         ax.set_ylim(-0.15, 1.05)
         ax.tick_params(labelsize=5)
         ax.set_yticks([])
@@ -576,7 +581,9 @@ def plot_scores(cells: Sequence[Cell], n_layers: int) -> Figure:
             ax.set_title(method, fontsize=7)
         if index % len(methods) == 0:
             ax.set_ylabel(f"{organism.planted} s{organism.seed}", fontsize=6)
-    figure.suptitle("scores by layer; shaded: planted; orange bar: found", fontsize=8)
+    figure.suptitle(
+        "scores by layer (each from its least to its greatest); shaded: planted; bar below: found", fontsize=8
+    )
     return figure
 
 

@@ -71,7 +71,7 @@ def test_every_locator_on_every_organism(planted, config_for, capsys):
     assert roles == {(0, 0): "design", (0, 1): "held out", (2, 0): "held out", (2, 1): "held out"}
     assert len(metrics["cells"]) == 4 * len(METHODS)
     files = {p.name for p in folder.iterdir()}
-    assert {"report.html", "table.txt", "centres.png", "scores.png", "tensors.safetensors"} <= files
+    assert {"report.html", "table.txt", "ranges.png", "scores.png", "tensors.safetensors"} <= files
     page = (folder / "report.html").read_text("utf-8")
     assert "On held out organisms the greatest mean IoU is that of " in page
     exact = metrics["summary"]["all"]["weight_change"]  # who has the base sees the planted layers
