@@ -157,6 +157,16 @@ def test_correlation_and_slope_of_centres_cover(follows):
     assert share_that_covers(ungrouped, r) < 0.87  # control: twice as many "organisms"
 
 
+@pytest.mark.parametrize("follows", [0.0, 1.0, 3.0])
+def test_with_five_ranges_as_planted_has_intervals_err_to_the_wide_side(follows):
+    draws = [organisms(1000 + seed, 5, follows) for seed in range(200)]
+    r = follows / (follows**2 + 1) ** 0.5
+    assert share_that_covers([correlation(*draw) for draw in draws], r) >= 0.95
+    assert share_that_covers([slope(*draw) for draw in draws], follows) >= 0.95
+    ungrouped = [correlation(planted, found) for planted, found, _ in draws]
+    assert share_that_covers(ungrouped, r) < 0.95  # control: ten "organisms"
+
+
 def test_mean_pairwise_iou_covers_and_pairs_are_not_independent():
     """Ranges of width 6 with starts from 0 to 9, the middle ones more often; the truth: the mean of two such draws."""
     weights = torch.tensor([1.0, 1, 1, 6, 12, 6, 1, 1, 1, 1]) / 31
