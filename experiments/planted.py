@@ -172,7 +172,7 @@ def main(config: PlantedConfig) -> Path:
         config.model,
         config=config,
         metrics={
-            "organisms": [organism_record(o, found) for o, found in transplants_of(cells).items()],
+            "organisms": [organism_record(cell) for cell in by_organism(cells).values()],
             "cells": [cell_record(cell) for cell in cells],
             "summary": found,
             "prompt_hashes": prompt_hashes,
@@ -365,11 +365,13 @@ def line_of(cell: Cell) -> str:
     return f"{head}  ({cell.seconds:.0f} s) {cell.detail}"
 
 
-def transplants_of(cells: Sequence[Cell]) -> dict[Organism, Transplants | None]:
-    return {cell.organism: cell.transplants for cell in cells}
+def by_organism(cells: Sequence[Cell]) -> dict[Organism, Cell]:
+    """A cell of each: all cells of one organism know the same of it."""
+    return {cell.organism: cell for cell in cells}
 
 
-def organism_record(organism: Organism, found: Transplants | None) -> dict[str, Any]:
+def organism_record(cell: Cell) -> dict[str, Any]:
+    organism, found = cell.organism, cell.transplants
     ranges = {name: found.core(share) if found else None for name, share in ORACLES.items()}
     transplants = found.to_plain() if found else None
     return {**asdict(organism), "passes": organism.passes, **ranges, "transplants": transplants}
@@ -382,7 +384,8 @@ def organism_table(cells: Sequence[Cell]) -> str:
         + "".join(f"{name:>14}" for name in ORACLES)
         + "  best layer alone",
     ]
-    for o, found in transplants_of(cells).items():
+    for o, cell in by_organism(cells).items():
+        found = cell.transplants
         row = f"{o.name:<24}{o.planted!s:<10}{o.seed:>4}  {o.role:<10}{o.malicious:>18.1%}{o.normal:>8.1%}"
         if found:
             row += "".join(f"{found.core(share)!s:>14}" for share in ORACLES.values())
@@ -396,7 +399,7 @@ def organism_table(cells: Sequence[Cell]) -> str:
 def cell_table(cells: Sequence[Cell]) -> str:
     """Found range and IoU of every locator on every organism, and what guessing gets; empty where not run."""
     methods = list(dict.fromkeys(cell.method for cell in cells))
-    of_organism = {cell.organism: cell for cell in cells}
+    of_organism = by_organism(cells)
     texts = {(cell.organism, cell.method): f"{cell.range} {cell.score.iou:.2f}" for cell in cells}
     lines = [f"{'found, IoU':<16}" + "".join(f"{f'{o.planted} s{o.seed}':>15}" for o in of_organism)]
     for method in methods:
@@ -450,7 +453,7 @@ def summary_of(cells: Sequence[Cell]) -> dict[str, Summary]:
             "core_iou": mean_estimate([cell.core_iou for cell in row], planted),
             **centre_figures(answered),
         }
-    of_organism = {cell.organism: cell for cell in cells}
+    of_organism = by_organism(cells)
     for name in (*GUESSES, *ORACLES):
         ious = [baseline_iou(name, cell) for cell in of_organism.values()]
         table[name] = {"organisms": len(ious), "iou": mean_estimate(ious, [str(o.planted) for o in of_organism])}
@@ -500,17 +503,15 @@ def page_of(
     figures: dict[str, Figure],
     prompt_hashes: dict[str, str],
 ) -> str:
+    ranges = "Found and planted layers, a panel a locator, a column an organism"
+    scores = "Scores by layer, a row an organism, a column a locator; the planted range is shaded"
     sections = [
-        Section("Found against planted", [report.figure(figures["ranges"], RANGES_CAPTION, wide=True)]),
+        Section("Found against planted", [report.figure(figures["ranges"], ranges, wide=True)]),
         Section("Tables", [report.fixed_width(text)]),
-        Section("Scores", [report.figure(figures["scores"], SCORES_CAPTION, wide=True)]),
+        Section("Scores", [report.figure(figures["scores"], scores, wide=True)]),
         report.settings_section(config, prompt_hashes),
     ]
     return report_page("Do locators find the layers where refusals were planted?", lead_of(found), sections)
-
-
-RANGES_CAPTION = "Found and planted layers, a panel a locator, a column an organism"
-SCORES_CAPTION = "Scores by layer, a row an organism, a column a locator; the planted range is shaded"
 
 
 def lead_of(found: dict[str, dict[str, Summary]]) -> str:
