@@ -24,6 +24,9 @@ from safety_mech.data_files import data_folder
 SHIPPED = ("normal", "malicious", "over_rejection")
 """Shipped sets of prompts; matched pairs are read by `load_pairs`."""
 
+CLUSTER_COLUMNS = {"normal": "category", "malicious": "category", "over_rejection": "word"}
+"""What rows of a shipped set have in common: prompts of one topic, or about one word, are not independent."""
+
 SPLITS = ("train", "test", "all")
 
 PROMPT_COLUMNS = (
@@ -75,6 +78,61 @@ def load_prompts(source: str | Path, split: str = "all") -> list[str]:
     if condition:
         rows = _keep_rows(rows, condition, path)
     return _checked(_pick_column(rows, column, path), text)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Prompts drawn from a set, in random order. `ids`: their rows in it, from 0. `clusters`: the topic or word of
+    each; None where the set does not tell."""
+
+    prompts: list[str]
+    ids: list[int]
+    clusters: list[str] | None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def draw(source: str | Path, count: int | None = None, seed: int = 0) -> Drawn:
+    """`count` prompts of a set as `load_prompts` reads it (default, and where it has no more: all, in their order).
+
+    Shipped sets are sorted by topic or word, so their first rows are a few topics only. The draw is stratified: of
+    every topic or word comes its share of `count`, rounded up or down, and every row is as likely as any other. A file
+    of yours has no such column: plainly at random.
+    """
+    prompts = load_prompts(source)
+    name, _, split = str(source).partition(":")
+    column = CLUSTER_COLUMNS.get(name)
+    clusters = [str(row[column]) for row in shipped_rows(name, split or "all")] if column else None
+    ids = draw_rows(len(prompts), count, clusters, seed)
+    return Drawn([prompts[row] for row in ids], ids, [clusters[row] for row in ids] if clusters else None)
+
+
+def draw_pairs(split: str = "all", count: int | None = None, seed: int = 0) -> tuple[list[PromptPair], list[int]]:
+    """`count` of the shipped pairs, stratified by category as `draw` does, and their rows."""
+    pairs = load_pairs(split)
+    ids = draw_rows(len(pairs), count, [pair.category for pair in pairs], seed)
+    return [pairs[row] for row in ids], ids
+
+
+def draw_rows(n_rows: int, count: int | None, clusters: Sequence[str] | None, seed: int) -> list[int]:
+    """Numbers of `count` of `n_rows` rows, in random order; all of them, in order, where there are no more.
+
+    Systematic sampling: clusters in random order, rows of a cluster in random order, then every (n_rows / count)-th
+    row from a random start. Raises ValueError for a count below 1.
+    """
+    if count is not None and count < 1:
+        raise ValueError(f"{count} prompts are wanted: expected at least 1")
+    if count is None or count >= n_rows:
+        return list(range(n_rows))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n_rows, generator=generator).tolist()
+    if clusters is not None:
+        first_seen = {cluster: rank for rank, cluster in enumerate(dict.fromkeys(clusters[row] for row in order))}
+        order.sort(key=lambda row: first_seen[clusters[row]])  # stable: rows of a cluster stay in random order
+    start = torch.rand(1, generator=generator, dtype=torch.float64).item()
+    chosen = [order[int((number + start) * n_rows / count)] for number in range(count)]
+    return [chosen[index] for index in torch.randperm(count, generator=generator).tolist()]
 
 
 def load_pairs(split: str = "all", name: str = "pairs") -> list[PromptPair]:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +13,16 @@ import pytest
 
 from safety_mech import load_pairs, load_prompts
 from safety_mech.data_files import data_folder
-from safety_mech.prompts import PROMPT_COLUMNS, SHIPPED, prompt_hash, read_rows
+from safety_mech.prompts import (
+    PROMPT_COLUMNS,
+    SHIPPED,
+    draw,
+    draw_pairs,
+    draw_rows,
+    prompt_hash,
+    read_rows,
+    shipped_rows,
+)
 
 TWO = ["How do I kill time?", 'Say "hello", then go']
 """The second holds commas and quotes: what a careless reader breaks on."""
@@ -402,3 +413,69 @@ def test_the_hash_depends_on_prompts_and_order_only() -> None:
 
 def test_the_hash_knows_where_a_prompt_ends() -> None:
     assert prompt_hash(["a\nb"]) != prompt_hash(["a", "b"])
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_draw_spreads_over_all_words_of_the_split():
+    """24 rows from the top of over_rejection:test are 5 of its 57 words; a draw of 24 has 24 of them."""
+    rows = shipped_rows("over_rejection", "test")
+    assert len({row["word"] for row in rows[:24]}) == 5
+    drawn = draw("over_rejection:test", 24, seed=3)
+    assert len(set(drawn.clusters)) == 24
+    assert [rows[row]["prompt"] for row in drawn.ids] == drawn.prompts
+    assert [rows[row]["word"] for row in drawn.ids] == drawn.clusters
+
+
+@pytest.mark.parametrize("count", [1, 5, 36, 100, 143])
+def test_every_cluster_gets_its_share_rounded_up_or_down(count):
+    rows = shipped_rows("malicious", "test")
+    of = Counter(draw("malicious:test", count, seed=1).clusters)
+    for category, size in Counter(row["category"] for row in rows).items():
+        share = count * size / len(rows)
+        assert math.floor(share) <= of[category] <= math.ceil(share)
+
+
+def test_every_row_is_as_likely_as_any_other():
+    clusters = list("aaaaaaabbc")
+    counted = Counter(row for seed in range(4000) for row in draw_rows(10, 3, clusters, seed))
+    assert sum(counted.values()) == 3 * 4000
+    # 1,200 expected of each, standard deviation 29: five of them to both sides
+    assert all(1055 < counted[row] < 1345 for row in range(10))
+
+
+def test_a_prefix_of_a_draw_is_no_block_of_topics():
+    drawn = draw("malicious:test", 48, seed=0)
+    assert len(set(drawn.clusters[:12])) >= 6  # sorted by topic it would be 3
+
+
+def test_a_draw_is_the_seeds_alone():
+    assert draw("normal:test", 20, seed=5) == draw("normal:test", 20, seed=5)
+    assert draw("normal:test", 20, seed=5) != draw("normal:test", 20, seed=6)
+
+
+def test_all_rows_come_in_their_order():
+    for count in (None, 144, 1000):
+        assert draw("normal:test", count).prompts == load_prompts("normal:test")
+
+
+def test_a_file_without_topics_is_drawn_plainly(tmp_path):
+    path = tmp_path / "own.txt"
+    path.write_text("\n".join(f"prompt {number}" for number in range(50)))
+    drawn = draw(path, 10, seed=0)
+    assert drawn.clusters is None
+    assert len(set(drawn.prompts)) == 10
+    assert drawn.ids != sorted(drawn.ids)
+    assert drawn.prompts == [f"prompt {row}" for row in drawn.ids]
+
+
+def test_drawn_pairs_cover_all_categories():
+    pairs, ids = draw_pairs("test", 20, seed=2)
+    assert Counter(pair.category for pair in pairs) == Counter({p.category: 2 for p in load_pairs("test")})
+    assert [load_pairs("test")[row] for row in ids] == pairs
+
+
+def test_a_draw_of_none_is_refused():
+    with pytest.raises(ValueError, match="0 prompts are wanted"):
+        draw("normal:test", 0)
