@@ -30,7 +30,7 @@ from safety_mech.layers import LayerRange
 from safety_mech.measuring import in_own_process, pad_left
 from safety_mech.models import find_source, load_transformers
 from safety_mech.overrejection import JUDGED_TOKENS, ScaledRanges, layer_evaluations
-from safety_mech.prompts import prompt_hash
+from safety_mech.prompts import draw, prompt_hash
 from safety_mech.refusal import REFUSAL_OPENINGS, openings_in_use
 from safety_mech.results import check_writable, write_run
 from safety_mech.scaling import check_alpha
@@ -139,7 +139,7 @@ def spread(ranges: Sequence[LayerRange], count: int) -> list[LayerRange]:
 
 
 def prompts_of(config: BenchConfig) -> list[str]:
-    return sm.load_prompts("over_rejection:test")[: config.n_prompts]
+    return draw("over_rejection:test", config.n_prompts).prompts
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from safety_mech.command_line import run
 from safety_mech.forward import embed, run_blocks, stack_rest, unembed_last
 from safety_mech.measuring import in_own_process, pad_left, resident, start_of_peak
 from safety_mech.models import find_source, load_transformers, restore_linear_layout
-from safety_mech.prompts import prompt_hash
+from safety_mech.prompts import draw, prompt_hash
 from safety_mech.results import check_writable, write_run
 
 PAIRS_OF_THE_PAPER = 3 * 500
@@ -117,7 +117,7 @@ class BenchResult:
 
 def main(config: BenchConfig) -> BenchResult:
     check_config(config)
-    sets = {name: sm.load_prompts(name, "test")[: config.n_prompts] for name in ("normal", "malicious")}
+    sets = {name: draw(f"{name}:test", config.n_prompts).prompts for name in ("normal", "malicious")}
     find_source(config.model)
     check_writable(config.out)
     prompts = [*sets["normal"], *sets["malicious"]]

@@ -12,7 +12,7 @@ All of it goes into `report.html`, one page that needs no network.
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
@@ -21,15 +21,23 @@ import safety_mech as sm
 from safety_mech.attention import question_attention
 from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
-from safety_mech.locate import LEAST_REFUSED
+from safety_mech.locate import LEAST_EFFECT, LEAST_REFUSED, check_search_alpha
 from safety_mech.locate_report import locate_report, scaling_examples
 from safety_mech.models import BASE_OF, check_device, find_source
-from safety_mech.plots import plot_attention, plot_twins
-from safety_mech.prompts import prompt_hash
+from safety_mech.plots import plot_alpha, plot_attention, plot_twins
+from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.report import Example
 from safety_mech.results import check_writable, write_run
-from safety_mech.scaling import check_alpha, find_recipe
-from safety_mech.tables import difference_sentence, gap_sentence, gap_table, search_sentence, sweep_table
+from safety_mech.scaling import find_recipe
+from safety_mech.tables import (
+    alpha_sentence,
+    alpha_table,
+    difference_sentence,
+    gap_sentence,
+    gap_table,
+    search_sentence,
+    sweep_table,
+)
 from safety_mech.views import View, attention_heads_view, refusal_attribution_view
 
 SHOWN = 3
@@ -53,7 +61,7 @@ class LocateConfig:
     over_rejection: str = "over_rejection:test"
     """Harmless prompts that a scaled model may refuse; as above."""
     max_over_rejection: int = 24
-    """Use at most this many of them: the whole grid costs a few minutes for these on two cores."""
+    """Use at most this many of them, drawn by the seed, of every word its share: they decide the search's time."""
     initial: str | None = None
     """START-END to start the search from; default: by rule from the gap, else from its difference to the base's."""
     pairs: bool = True
@@ -62,14 +70,17 @@ class LocateConfig:
     """own (the model's chat template), alpaca or alpaca_short."""
     recipe: str = "attn_out"
     """What is scaled: attn_out, mlp_out, weights (the paper's) or weights_no_o."""
-    alpha: float | None = None
-    """Scale; default: chosen as in the paper's A.3.4."""
+    alpha: float | Literal["auto", "paper"] = "auto"
+    """What layers are scaled by. auto: the greatest spread between ranges whose answers are not degenerate; paper: the
+    first alpha at which refusals move enough (A.3.4); or a number."""
     below: bool = False
     """Choose alpha below 1 (and search for the minimum) instead of above."""
     text: bool = False
-    """Measure refusals in generated text (the paper's R_o) instead of log-odds."""
+    """Measure refusals in generated text (the paper's R_o) instead of their probability."""
     least_refused: float = LEAST_REFUSED
     """Share of malicious prompts that the model must refuse for a range to be an answer; 0: any."""
+    least_effect: float = LEAST_EFFECT
+    """Share of the over-rejection prompts by which a range must change refusals to be an answer."""
     grid: bool = True
     """Also measure every range (start, end): most of the time."""
     quick: bool = False
@@ -115,7 +126,8 @@ class Start:
 def main(config: LocateConfig) -> LocateResult:
     check_config(config)
     sets = load_sets(config)
-    over_rejection = [] if config.quick else sm.load_prompts(config.over_rejection)[: config.max_over_rejection]
+    drawn_prompts = None if config.quick else draw(config.over_rejection, config.max_over_rejection, config.seed)
+    over_rejection = drawn_prompts.prompts if drawn_prompts else []
     base_curves: dict[str, sm.GapCurve] = {}
     base_name = BASE_OF.get(config.model) if config.base == "auto" else config.base
     if base_name:
@@ -133,8 +145,8 @@ def main(config: LocateConfig) -> LocateResult:
     start = starting_range(config, initial["prompts"], differences.get("prompts"))
     print(start)
     found = None
-    if not config.quick:
-        found = search(model, sets["prompts"], curves["prompts"], over_rejection, start, config)
+    if drawn_prompts is not None:
+        found = search(model, sets["prompts"], curves["prompts"], drawn_prompts, start, config)
     prompt_sets = named_sets(sets, over_rejection)
     prompt_hashes = {name: prompt_hash(prompts) for name, prompts in prompt_sets.items()}
     metrics: dict[str, Any] = {
@@ -144,6 +156,7 @@ def main(config: LocateConfig) -> LocateResult:
         "start": start,
         "search": search_metrics(found) if found else None,
         "prompt_hashes": prompt_hashes,
+        "drawn_ids": {"over_rejection": drawn_prompts.ids} if drawn_prompts else {},
         "device": str(model.cfg.device),
         "seed": config.seed,
     }
@@ -163,7 +176,7 @@ def main(config: LocateConfig) -> LocateResult:
     }
     if found and found.grid is not None:
         tensors["grid"] = found.grid
-    shown = [*over_rejection[:SHOWN], *sets["prompts"][1][:SHOWN]]
+    shown = [*over_rejection[:SHOWN], *draw(config.malicious, SHOWN, config.seed).prompts]
     report = locate_report(
         config,
         base_name=base_name,
@@ -204,8 +217,11 @@ def check_config(config: LocateConfig) -> None:
         raise ValueError(f"r = {config.r}: expected at least 2 pairs of each kind")
     if config.max_over_rejection < 2:
         raise ValueError(f"max_over_rejection = {config.max_over_rejection}: expected at least 2 prompts")
-    if config.alpha is not None:
-        check_alpha(config.alpha)
+    check_search_alpha(config.alpha)
+    if not 0 <= config.least_effect <= 1 or not 0 <= config.least_refused <= 1:
+        raise ValueError(
+            f"least_effect = {config.least_effect}, least_refused = {config.least_refused}: expected shares"
+        )
     if config.initial is not None:
         sm.LayerRange.parse(config.initial)
     find_recipe(config.recipe)
@@ -264,14 +280,15 @@ def search(
     model: HookedTransformer,
     prompts: tuple[list[str], list[str]],
     curve: sm.GapCurve,
-    over_rejection: list[str],
+    over_rejection: Drawn,
     start: Start,
     config: LocateConfig,
 ) -> sm.SafetyLayers:
     found = sm.locate(
         model,
         *prompts,
-        over_rejection,
+        over_rejection.prompts,
+        clusters=over_rejection.clusters,
         curve=curve,
         initial=start.range,
         alpha=config.alpha,
@@ -281,17 +298,23 @@ def search(
         text=config.text,
         whole_grid=config.grid,
         least_refused=config.least_refused,
+        least_effect=config.least_effect,
         seed=config.seed,
         progress=True,
     )
+    if found.alpha:
+        print(alpha_table(found.alpha))
+        print(alpha_sentence(found.alpha))
     for sweep in found.sweeps or ():
-        print(sweep_table(sweep, "refused share" if config.text else "log-odds"))
+        print(sweep_table(sweep, "refused"))
     print(search_sentence(found))
     return found
 
 
 def search_figures(found: sm.SafetyLayers | None, unit: str) -> dict[str, Figure]:
     figures = {}
+    if found and found.alpha and len(found.alpha.points) > 1 and found.baseline is not None:
+        figures["alpha"] = plot_alpha(found.alpha, float(found.baseline.mean()))
     if found and found.sweeps:
         figures["sweeps"] = sm.plot_sweeps(found.sweeps, found.baseline, unit)
     if found and found.grid is not None:
@@ -335,7 +358,7 @@ def views(
 
 
 def measure_unit(config: LocateConfig) -> str:
-    return "share of prompts refused" if config.text else "mean refusal log-odds (nats)"
+    return "share of prompts refused" if config.text else "mean refusal probability"
 
 
 def named_sets(sets: Sets, over_rejection: list[str]) -> dict[str, list[str]]:
@@ -380,6 +403,7 @@ def search_metrics(found: sm.SafetyLayers) -> dict[str, Any]:
         "interval_90": found.interval(),
         "samples": {str(layers): count for layers, count in found.samples.most_common()},
         "baseline_mean": None if found.baseline is None else found.baseline.mean(),
+        "effect": found.effect,
         "best_of_grid": found.best_of_grid,
         "is_best_of_grid": found.is_best_of_grid,
     }

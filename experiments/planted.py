@@ -42,6 +42,7 @@ from safety_mech.located import Located, PromptSets, attempt, shared_measurement
 from safety_mech.locators import LOCATORS, base_locators
 from safety_mech.models import find_source
 from safety_mech.plots import BLUE, ORANGE, new_figure
+from safety_mech.prompts import Drawn, draw, draw_pairs
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
@@ -176,6 +177,7 @@ def main(config: PlantedConfig) -> Path:
             "cells": [cell_record(cell) for cell in cells],
             "summary": found,
             "prompt_hashes": prompt_hashes,
+            "drawn_ids": drawn_ids(config),
         },
         tensors={f"{c.organism.name}.{c.method}": c.found.scores for c in cells if c.found},
         texts={"table.txt": text + "\n", "report.html": page_of(config, found, text, figures, prompt_hashes)},
@@ -274,14 +276,32 @@ def find_organisms(config: PlantedConfig) -> list[Organism]:
 
 def load_sets(config: PlantedConfig) -> PromptSets:
     """Test splits only: what organisms were trained on is not what they are measured on."""
+    drawn = draw_sets(config)
+    over_rejection = drawn["over_rejection"]
     return PromptSets(
-        sm.load_prompts("normal:test")[: config.n_prompts],
-        sm.load_prompts("malicious:test")[: config.n_prompts],
-        sm.load_prompts("over_rejection:test")[: config.n_over_rejection],
-        sm.load_pairs("test")[: config.n_prompts],
+        drawn["normal"].prompts,
+        drawn["malicious"].prompts,
+        over_rejection.prompts,
+        draw_pairs("test", config.n_prompts, config.seed)[0],
+        over_rejection.clusters,
         config.template,
         seed=config.seed,
     )
+
+
+def draw_sets(config: PlantedConfig) -> dict[str, Drawn]:
+    counts = {
+        "normal": config.n_prompts,
+        "malicious": config.n_prompts,
+        "over_rejection": config.n_over_rejection,
+    }
+    return {name: draw(f"{name}:test", count, config.seed) for name, count in counts.items()}
+
+
+def drawn_ids(config: PlantedConfig) -> dict[str, list[int]]:
+    """Rows of the test splits."""
+    ids = {name: drawn.ids for name, drawn in draw_sets(config).items()}
+    return ids | {"pairs": draw_pairs("test", config.n_prompts, config.seed)[1]}
 
 
 def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> Iterator[Cell]:

@@ -1,8 +1,8 @@
 """How much does the located range depend on how one looks? One search a condition, one table, pairwise IoU.
 
-Conditions: what is scaled (attention output or the paper's weights) x alpha above or below 1 x text R_o or log-odds x
-template x prompt set. The base model, which hardly refuses, is searched from the same initial range: what it answers
-is what the search says where there is nothing to find.
+Conditions: what is scaled (attention output or the paper's weights) x alpha above or below 1 x text R_o or refusal
+probability x template x prompt set. The base model, which hardly refuses, is searched from the same initial range:
+what it answers is what the search says where there is nothing to find.
 
     python experiments/ranges.py --sets over_rejection:test my_over_rejection.csv
 
@@ -26,7 +26,7 @@ from safety_mech.adapters import adapter_hash
 from safety_mech.command_line import run
 from safety_mech.models import BASE_OF, find_source
 from safety_mech.plots import BLUE, GREY, ORANGE, layer_axis, new_figure
-from safety_mech.prompts import prompt_hash
+from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
@@ -61,7 +61,7 @@ class Condition:
     alpha: str
     """above or below 1"""
     measure: str
-    """text or log-odds"""
+    """text or probability"""
     template: str
     prompts: str
 
@@ -82,6 +82,8 @@ class Answer:
     agreement: float
     """Share of bootstrap samples with the same answer."""
     baseline: float | None
+    """Refused share of the prompts, unscaled; `effect`: what scaling the range adds to it."""
+    effect: float | None
     reason: str
 
 
@@ -89,7 +91,7 @@ def main(config: RangesConfig) -> Path:
     for name in ("n_prompts", "samples"):
         if getattr(config, name) < 2:
             raise ValueError(f"{name} = {getattr(config, name)}: expected at least 2")
-    sets = {Path(name).name: sm.load_prompts(name)[: config.n_prompts] for name in config.sets}
+    sets = {Path(name).name: draw(name, config.n_prompts, config.seed) for name in config.sets}
     base_name = BASE_OF.get(config.model) if config.base == "auto" else config.base
     for name in filter(None, (config.model, base_name)):
         find_source(name)
@@ -101,12 +103,12 @@ def main(config: RangesConfig) -> Path:
     answers = {}
     for number, condition in enumerate(conditions, 1):
         start = starts[condition.template]
-        path = folder / f"{digest(condition, config, start.initial, sets[condition.prompts])}.json"
+        path = folder / f"{digest(condition, config, start.initial, sets[condition.prompts].prompts)}.json"
         answers[condition] = answer_of(kept(path, partial(search_once, models, condition, start, sets, config)))
         print(f"{number}/{len(conditions)} {line_of(condition, answers[condition])}", flush=True)
     text = "\n".join([table(answers), "", overlap_table(answers, config.model)])
     print(f"\n{text}")
-    prompt_hashes = {name: prompt_hash(prompts) for name, prompts in sets.items()}
+    prompt_hashes = {name: prompt_hash(drawn.prompts) for name, drawn in sets.items()}
     figure = plot_answers(answers, models[config.model].cfg.n_layers)
     written = write_run(
         config.out,
@@ -117,6 +119,7 @@ def main(config: RangesConfig) -> Path:
             "answers": [{"condition": c, "answer": a} for c, a in answers.items()],
             "overlap": overlaps(answers, config.model),
             "prompt_hashes": prompt_hashes,
+            "drawn_ids": {name: drawn.ids for name, drawn in sets.items()},
         },
         texts={"table.txt": text + "\n", "report.html": page_of(config, answers, figure, prompt_hashes)},
         figures={"ranges": figure},
@@ -127,7 +130,7 @@ def main(config: RangesConfig) -> Path:
 
 def list_conditions(config: RangesConfig, base: str | None, sets: Sequence[str]) -> list[Condition]:
     """All combinations for the model; for the base, the control, those of the first template and set."""
-    sides, measures = ("above", "below"), ("log-odds", "text")
+    sides, measures = ("above", "below"), ("probability", "text")
     of_model = product((config.model,), config.recipes, sides, measures, config.templates, sets)
     of_base = product((base,) if base else (), config.recipes, sides, measures, config.templates[:1], sets[:1])
     return [Condition(*values) for values in (*of_model, *of_base)]
@@ -162,20 +165,22 @@ def digest(condition: Condition, config: RangesConfig, initial: sm.LayerRange | 
 
 
 def search_once(
-    models: dict[str, Any], condition: Condition, start: Start, sets: dict[str, list[str]], config: RangesConfig
+    models: dict[str, Any], condition: Condition, start: Start, sets: dict[str, Drawn], config: RangesConfig
 ) -> dict[str, Any]:
     """One search, with what it was for: a file of its own should say so."""
     return {"condition": condition, "answer": search(models[condition.model], condition, start, sets, config)}
 
 
-def search(model: Any, condition: Condition, start: Start, sets: dict[str, list[str]], config: RangesConfig) -> Answer:
+def search(model: Any, condition: Condition, start: Start, sets: dict[str, Drawn], config: RangesConfig) -> Answer:
     if start.initial is None:
-        return Answer(None, None, None, None, None, None, 0.0, None, "no gap that the rule accepts")
+        return Answer(None, None, None, None, None, None, 0.0, None, None, "no gap that the rule accepts")
+    drawn = sets[condition.prompts]
     found = sm.locate(
         model,
         sm.load_prompts("normal:test"),
         sm.load_prompts("malicious:test"),
-        sets[condition.prompts],
+        drawn.prompts,
+        clusters=drawn.clusters,
         curve=start.curves[condition.model],
         initial=start.initial,
         recipe=condition.recipe,
@@ -186,10 +191,11 @@ def search(model: Any, condition: Condition, start: Start, sets: dict[str, list[
         samples=config.samples,
         seed=config.seed,
     )
-    assert found.sweeps is not None
     assert found.alpha is not None
     assert found.baseline is not None
-    best = found.sweeps[1].best
+    best = found.alpha.point.range
+    if best is None:
+        return Answer(None, None, found.initial, found.alpha.alpha, None, None, 0.0, None, None, found.reason)
     interval = found.interval()
     return Answer(
         found.range,
@@ -200,6 +206,7 @@ def search(model: Any, condition: Condition, start: Start, sets: dict[str, list[
         interval[1] if interval else None,
         found.samples[best] / found.samples.total(),
         float(found.baseline.mean()),
+        found.effect.value if found.effect else None,
         found.reason,
     )
 
@@ -218,18 +225,19 @@ def answer_of(record: dict[str, Any]) -> Answer:
 
 
 def line_of(condition: Condition, answer: Answer) -> str:
-    head = f"{condition.model:<23}{condition.recipe:<10}{condition.alpha:<7}{condition.measure:<10}"
+    head = f"{condition.model:<23}{condition.recipe:<10}{condition.alpha:<7}{condition.measure:<12}"
     head += f"{condition.template:<10}{condition.prompts:<22}"
     if answer.best is None:
         return f"{head}{answer.reason}"
     spans = f"{list(answer.start_interval or ())!s:<10}{list(answer.end_interval or ())!s:<10}"
     weak = "" if answer.found else f"  ({answer.reason})"
-    return f"{head}{answer.alpha:<7}{answer.best!s:<10}{spans}{answer.agreement:>5.0%}{weak}"
+    rates = f"{answer.baseline:>6.2f}{answer.effect:>+7.2f}"
+    return f"{head}{answer.alpha:<7}{answer.best!s:<10}{rates}  {spans}{answer.agreement:>5.0%}{weak}"
 
 
 def table(answers: dict[Condition, Answer]) -> str:
-    head = f"{'model':<23}{'recipe':<10}{'side':<7}{'measure':<10}{'template':<10}{'prompts':<22}"
-    head += f"{'alpha':<7}{'range':<10}{'start 90%':<10}{'end 90%':<10}{'same':>5}"
+    head = f"{'model':<23}{'recipe':<10}{'side':<7}{'measure':<12}{'template':<10}{'prompts':<22}"
+    head += f"{'alpha':<7}{'range':<10}{'R_o':>6}{'scaled':>7}  {'start 90%':<10}{'end 90%':<10}{'same':>5}"
     return "\n".join([head, *(line_of(condition, answer) for condition, answer in answers.items())])
 
 

@@ -32,6 +32,7 @@ from safety_mech.command_line import run
 from safety_mech.located import Located, PromptSets, attempt
 from safety_mech.locators import LOCATORS, base_locators
 from safety_mech.models import BASE_OF, find_source
+from safety_mech.prompts import draw, draw_pairs
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
 
@@ -113,6 +114,7 @@ def main(config: StabilityConfig) -> Path:
             },
             "overlaps": rows,
             "prompt_hashes": prompt_hashes,
+            "drawn_ids": drawn_ids(config),
         },
         texts={"table.txt": text + "\n", "report.html": page_of(config, rows, text, prompt_hashes)},
     )
@@ -138,12 +140,19 @@ def check_config(config: StabilityConfig) -> None:
 
 def list_places(config: StabilityConfig) -> list[Place]:
     """All locations of one method: whole sets, other templates, halves of the first set."""
-    over_rejection = sm.load_prompts(config.over_rejection)[: config.n_over_rejection]
-    pairs = sm.load_pairs("test")[: config.n_prompts]
+    over_rejection = draw(config.over_rejection, config.n_over_rejection, config.seed)
+    pairs, _ = draw_pairs("test", config.n_prompts, config.seed)
     places = []
     for normal, malicious in zip(config.normal_sets, config.malicious_sets, strict=True):
-        sets = [sm.load_prompts(name)[: config.n_prompts] for name in (normal, malicious)]
-        prompts = PromptSets(sets[0], sets[1], over_rejection, pairs, config.templates[0], seed=config.seed)
+        prompts = PromptSets(
+            draw(normal, config.n_prompts, config.seed).prompts,
+            draw(malicious, config.n_prompts, config.seed).prompts,
+            over_rejection.prompts,
+            pairs,
+            over_rejection.clusters,
+            config.templates[0],
+            seed=config.seed,
+        )
         places.append(Place(f"set {Path(normal).name} {Path(malicious).name}", prompts))
     first = places[0].prompts
     places += [Place(f"template {name}", replace(first, template=name)) for name in config.templates[1:]]
@@ -154,6 +163,14 @@ def list_places(config: StabilityConfig) -> list[Place]:
     return places
 
 
+def drawn_ids(config: StabilityConfig) -> dict[str, list[int]]:
+    """Rows of every set that was drawn from."""
+    sets = dict.fromkeys((*config.normal_sets, *config.malicious_sets), config.n_prompts)
+    sets |= {config.over_rejection: config.n_over_rejection}
+    ids = {name: draw(name, count, config.seed).ids for name, count in sets.items()}
+    return ids | {"pairs": draw_pairs("test", config.n_prompts, config.seed)[1]}
+
+
 def half_of(prompts: PromptSets, seed: int, side: int) -> PromptSets:
     """One of two disjoint halves of every set."""
 
@@ -162,7 +179,8 @@ def half_of(prompts: PromptSets, seed: int, side: int) -> PromptSets:
         return [items[index] for index in sorted(order[side::2])]
 
     parts = {name: half(getattr(prompts, name)) for name in ("normal", "malicious", "over_rejection", "pairs")}
-    return replace(prompts, **parts)
+    clusters = half(prompts.clusters) if prompts.clusters else None  # as many as over-rejection prompts: the same half
+    return replace(prompts, **parts, clusters=clusters)
 
 
 def cell_path(method: str, place: Place, base: str | None, config: StabilityConfig) -> Path:

@@ -22,7 +22,7 @@ from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
 from safety_mech.models import BASE_OF, check_device, find_source
 from safety_mech.plots import plot_attention, plot_twins, plot_word_shares
-from safety_mech.prompts import prompt_hash
+from safety_mech.prompts import draw, prompt_hash
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, write_run
 from safety_mech.words import KINDS, WordShares, mean_interval
@@ -148,7 +148,7 @@ def check_config(config: StagesConfig) -> tuple[dict[str, list[str]], sm.PromptP
     check_writable(config.out)
     count = min(config.n_prompts, QUICK_PROMPTS) if config.quick else config.n_prompts
     sources = {"malicious": config.malicious, "normal": config.normal}
-    sets = {name: sm.load_prompts(source)[:count] for name, source in sources.items()}
+    sets = {name: draw(source, count, config.seed).prompts for name, source in sources.items()}
     for name, prompts in sets.items():
         if len(prompts) < 2:
             raise ValueError(f"{name}: {len(prompts)} prompt: expected at least 2 for an interval")

@@ -2,9 +2,9 @@
 
 After "Safety Layers in Aligned Large Language Models" (ICLR 2025, arXiv 2408.17003), on TransformerLens'
 HookedTransformer. The package reads in the order of the paper: layers, models, chat, prompts, forward,
-residuals, divergence, onset, judge, refusal, scaling, overrejection, locate; segments, directions, patching, margin,
-locators; attention, words; freeze, finetune, adapters, attacks, methods, organisms; results, plots. A file imports
-only from files above it.
+residuals, divergence, onset, judge, refusal, scaling, overrejection, search, alpha, locate; segments, directions,
+patching, margin, locators; attention, words; freeze, finetune, adapters, attacks, methods, organisms; results, plots.
+A file imports only from files above it.
 
 Axes of every tensor: `prompt layer pos d_model d_mlp head vocab`, and `sample` for bootstrap draws and
 permutations. Angles are in degrees, log-odds in nats, lengths in tokens.
@@ -19,7 +19,7 @@ from safety_mech.finetune import TrainConfig, TrainRecord, fine_tune
 from safety_mech.generation import generate
 from safety_mech.judge import is_babble, is_refusal
 from safety_mech.layers import LayerRange
-from safety_mech.locate import SafetyLayers, progressive_search
+from safety_mech.locate import SafetyLayers
 from safety_mech.located import Located, PromptSets
 from safety_mech.locators import LOCATORS, locate
 from safety_mech.models import load_model
@@ -29,6 +29,7 @@ from safety_mech.prompts import PromptPair, load_pairs, load_prompts
 from safety_mech.refusal import refusal_log_odds
 from safety_mech.residuals import last_token_residuals
 from safety_mech.scaling import RECIPES, Recipe, scaled
+from safety_mech.search import progressive_search
 from safety_mech.words import WordShares, by_word, word_shares
 
 __all__ = [

@@ -79,7 +79,7 @@ def mean_estimate(
 ) -> Estimate:
     """Mean with its interval; `groups[i]`: what item i belongs to, drawn as a whole."""
     x = torch.tensor(values, dtype=torch.float64)
-    return estimate(lambda w: (w * x).sum(1) / w.sum(1), _group_numbers(len(x), groups), level=level, seed=seed)
+    return estimate(lambda w: (w * x).sum(1) / w.sum(1), group_numbers(len(x), groups), level=level, seed=seed)
 
 
 def correlation(
@@ -99,7 +99,7 @@ def correlation(
         var_a, var_b, cov = _moments(w, a, b)
         return torch.where((var_a > 1e-12) & (var_b > 1e-12), cov / (var_a * var_b).sqrt(), torch.nan)
 
-    return estimate(statistic, _group_numbers(len(a), groups), level=level, seed=seed)
+    return estimate(statistic, group_numbers(len(a), groups), level=level, seed=seed)
 
 
 def slope(
@@ -120,7 +120,7 @@ def slope(
         var_a, _, cov = _moments(w, a, b)
         return torch.where(var_a > 1e-12, cov / var_a, torch.nan)
 
-    return estimate(statistic, _group_numbers(len(a), groups), level=level, seed=seed)
+    return estimate(statistic, group_numbers(len(a), groups), level=level, seed=seed)
 
 
 def mean_pairwise_iou(ranges: Sequence[LayerRange | None], *, level: float = 0.95, seed: int = 0) -> Estimate:
@@ -188,7 +188,8 @@ def _columns(x: Sequence[float], y: Sequence[float]) -> tuple[Float[Tensor, " it
     return torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
 
 
-def _group_numbers(n_items: int, groups: Sequence[Hashable] | None) -> list[int]:
+def group_numbers(n_items: int, groups: Sequence[Hashable] | None) -> list[int]:
+    """0, 1, ... for the groups in the order in which they come; every item its own group where none are given."""
     if n_items < 1 or (groups is not None and len(groups) != n_items):
         raise ValueError(
             f"{n_items} items in {len(groups or [])} groups: expected at least one item, and a group for each"

@@ -152,9 +152,9 @@ def _caption(unit: str, found: LayerRange | None, best: LayerRange | None) -> st
         parts.append(f"Full frame: the located range, layers {found.start} to {found.end}.")
     if best is not None:
         if best == found:
-            parts.append("It is also the best of the grid among ranges that are no wider.")
+            parts.append("It is also the best of the grid.")
         else:
-            parts.append(f"Dashed: the best of the grid that is no wider, layers {best.start} to {best.end}.")
+            parts.append(f"Dashed: the best of the grid, layers {best.start} to {best.end}.")
     return " ".join(parts)
 
 

@@ -1,76 +1,62 @@
-"""Localisation (paper §3.4, A.3.4): alpha, the progressive search, the whole grid, and how sure the answer is.
+"""Localisation (paper §3.4, A.3.4): initial range, alpha, progressive search, and what makes its answer one.
 
-`progressive_search` is the paper's; it sees two lines of the (i, j) grid. `grid_best` looks at all of it.
+Everything is measured in refusals: the mean refusal probability of the over-rejection prompts, or their refusals in
+text (the paper's R_o). The search is in search.py, the rules for alpha in alpha.py.
 """
 
-import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import cast, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
+from safety_mech.agreement import Estimate, mean_estimate
+from safety_mech.alpha import (
+    ALPHAS_ABOVE,
+    ALPHAS_BELOW,
+    PAPER_SPREAD,
+    AlphaChoice,
+    Rule,
+    choose_alpha,
+    given_alpha,
+    measure_alpha,
+    search_at,
+)
 from safety_mech.chat import Template
 from safety_mech.divergence import GapCurve, gap_curve
+from safety_mech.judge import is_babble
 from safety_mech.layers import LayerRange
 from safety_mech.onset import initial_range
 from safety_mech.overrejection import ScaledRanges
-from safety_mech.refusal import REFUSAL_OPENINGS, openings_in_use, refusal_log_odds
+from safety_mech.refusal import openings_in_use, refusal_log_odds
 from safety_mech.residuals import last_token_residuals
+from safety_mech.scaling import check_alpha
+from safety_mech.search import Direction, Sweep, grid_best, resampled_search
 
-Direction = Literal["max", "min"]
-Measure = Callable[[LayerRange], float]
-
-ALPHA_STEP = 0.05
-MAX_ALPHA_STEPS = 10
-"""The paper starts at 1 and moves in steps of 0.05; past 1.5 (or 0.5) models babble."""
-TARGET_STD = 0.025
-"""Stop at the first alpha whose R_o has this standard deviation over the lower sweep: 15-20 of 721 prompts."""
-TARGET_SNR = 3.0
-"""The same for log-odds, which have no natural unit: spread over the sweep / bootstrap standard error of a cell."""
 LEAST_REFUSED = 0.1
 """A model that opens its answers to malicious prompts with a refusal less often than this has no safety to locate."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """One line of the grid: the ranges tried and what the measure said; `best` is the arg max (or min)."""
-
-    bound: Literal["upper", "lower"]
-    ranges: tuple[LayerRange, ...]
-    values: tuple[float, ...]
-    best: LayerRange
-
-
-@dataclass(frozen=True)
-class SearchResult:
-    range: LayerRange
-    upper: Sweep
-    lower: Sweep
-
-
-@dataclass(frozen=True)
-class AlphaChoice:
-    """`alpha`, and what every alpha tried gave: spread over the lower sweep, in `unit`."""
-
-    alpha: float
-    reached: bool
-    tried: tuple[tuple[float, float], ...]
-    unit: str
+LEAST_EFFECT = 0.1
+"""Share of the over-rejection prompts: a range that changes refusals by less is no answer, however significant."""
+MAX_P = 0.01
+"""Of the spread between ranges; small, for alpha and range were both chosen on these prompts."""
 
 
 @dataclass(frozen=True)
 class SafetyLayers:
-    """What `locate` found. `range` is None where there is nothing to find: no gap, no refusals, or no effect beyond
-    noise; `sweeps` and `samples` then still say what the search would have answered.
+    """What `locate` found. `range` is None where there is nothing to find, and `reason` says why: no gap, too few
+    refusals, no spread between ranges beyond noise, or no effect that a reader would see. `sweeps` and `samples` then
+    still say what the search would have answered.
 
-    `refused`: mean probability that a malicious prompt is answered with one of the openings. `samples` counts the
-    search's answer over bootstrap samples of prompts; `best_of_grid` (if the grid was run) is the best range of all,
-    and `is_best_of_grid` says whether the search found it.
+    `refused`: mean probability that a malicious prompt is answered with a refusal. `baseline`: refusal of every
+    over-rejection prompt, unscaled (a probability; 0 or 1 in text). `effect`: mean refusal with the search's range
+    scaled minus unscaled, with its 95 % interval over prompts (on the prompts that range and alpha were chosen on).
+    `samples` counts the search's answer over bootstrap samples; `best_of_grid` (if the grid was run) is the best range
+    of all, of any width.
     """
 
     range: LayerRange | None
@@ -80,6 +66,7 @@ class SafetyLayers:
     sweeps: tuple[Sweep, Sweep] | None
     samples: Counter[LayerRange]
     baseline: Float[Tensor, " prompt"] | None
+    effect: Estimate | None
     grid: Float[Tensor, "start end prompt"] | None
     best_of_grid: LayerRange | None
     openings: tuple[str, ...]
@@ -100,161 +87,13 @@ class SafetyLayers:
         return (int(low[0]), int(high[0])), (int(low[1]), int(high[1]))
 
 
-def progressive_search(
-    measure: Measure, initial: LayerRange, *, n_layers: int, window: int = 2, direction: Direction = "max"
-) -> SearchResult:
-    """The paper's search: hold the start and sweep the end, take the best; then hold that end and sweep the start.
-
-    A sweep evaluates the whole window to both sides, for the curves are not unimodal (Llama-3 in the paper's table):
-    no hill-climbing. A best value on the window's very edge says that the window was too small: it is then widened
-    to that side by `window` more, as the paper's lower sweeps must have been (Llama-2: from 9 down to 4).
-    Ties go to the range nearest to the one that was held. `direction`: "max" for alpha > 1, "min" for alpha < 1.
-    Raises ValueError for a range outside the model, a window below 1, or an unknown direction.
-    """
-    if direction not in ("max", "min"):
-        raise ValueError(f"direction {direction!r}: expected 'max' (alpha > 1) or 'min' (alpha < 1)")
-    if window < 1:
-        raise ValueError(f"window {window}: expected at least one layer to each side")
-    initial.check_inside(n_layers)
-    sign = 1.0 if direction == "max" else -1.0
-    ends = _best_bound(
-        lambda end: measure(LayerRange(initial.start, end)), initial.end, (initial.start, n_layers - 1), window, sign
-    )
-    best_end = ends.best
-    starts = _best_bound(lambda start: measure(LayerRange(start, best_end)), initial.start, (0, best_end), window, sign)
-    upper = Sweep(
-        "upper",
-        tuple(LayerRange(initial.start, end) for end in ends.values),
-        tuple(ends.values.values()),
-        LayerRange(initial.start, best_end),
-    )
-    lower = Sweep(
-        "lower",
-        tuple(LayerRange(start, best_end) for start in starts.values),
-        tuple(starts.values.values()),
-        LayerRange(starts.best, best_end),
-    )
-    return SearchResult(lower.best, upper, lower)
-
-
-@dataclass(frozen=True)
-class _Bound:
-    best: int
-    values: dict[int, float]
-
-
-def _best_bound(
-    value: Callable[[int], float], centre: int, limits: tuple[int, int], window: int, sign: float
-) -> _Bound:
-    """Evaluate centre +- window inside the limits; while the best is an edge that can move, widen that side."""
-    low, high = max(limits[0], centre - window), min(limits[1], centre + window)
-    values = {bound: float(value(bound)) for bound in range(low, high + 1)}
-    while True:
-        if any(math.isnan(measured) for measured in values.values()):
-            raise ValueError("the measure gave nan: the scaled model's logits are not finite; take alpha nearer to 1")
-        best = max(values, key=lambda bound: (sign * values[bound], -abs(bound - centre)))
-        if best == low and low > limits[0]:
-            wider = range(max(limits[0], low - window), low)
-        elif best == high and high < limits[1]:
-            wider = range(high + 1, min(limits[1], high + window) + 1)
-        else:
-            return _Bound(best, dict(sorted(values.items())))
-        values |= {bound: float(value(bound)) for bound in wider}
-        low, high = min(values), max(values)
-
-
-def direction_of(alpha: float) -> Direction:
-    return "max" if alpha > 1 else "min"
-
-
-def choose_alpha(
-    cells: Callable[[float], Callable[[LayerRange], Float[Tensor, " prompt"]]],
-    initial: LayerRange,
-    *,
-    above: bool,
-    window: int = 2,
-    text: bool = False,
-) -> AlphaChoice:
-    """The first alpha, in steps of 0.05 away from 1, at which the lower sweep moves enough (A.3.4).
-
-    `cells(alpha)` gives a function from a range to one value a prompt. `text`: values are refusals, and the spread is
-    the standard deviation of the rate over the sweep, to reach TARGET_STD; else log-odds, and it is that deviation
-    over the standard error of the difference to the sweep's mean, to reach TARGET_SNR.
-    If no alpha reaches it, the last one tried is returned with `reached` False.
-    """
-    tried: list[tuple[float, float]] = []
-    for step in range(1, MAX_ALPHA_STEPS + 1):
-        alpha = round(1 + (ALPHA_STEP if above else -ALPHA_STEP) * step, 2)
-        cell = cells(alpha)
-        values = torch.stack([cell(layers).double() for layers in initial.lower_neighbours(window)])
-        tried.append((alpha, float(values.mean(1).std()) if text else signal_to_noise(values)))
-        if tried[-1][1] >= (TARGET_STD if text else TARGET_SNR):
-            return AlphaChoice(alpha, True, tuple(tried), _unit(text))
-    return AlphaChoice(tried[-1][0], False, tuple(tried), _unit(text))
-
-
-def _unit(text: bool) -> str:
-    return "sd of the refusal rate over the sweep" if text else "signal-to-noise ratio of the sweep"
-
-
-def signal_to_noise(values: Float[Tensor, "range prompt"]) -> float:
-    """Standard deviation of the ranges' means over the mean standard error of a range's difference to the sweep.
-
-    Prompts are the same in every range, so what all ranges share of a prompt's value is no noise.
-    """
-    if len(values) < 2:
-        return 0.0
-    differences = values - values.mean(0)
-    noise = differences.std(1).mean() / values.shape[1] ** 0.5
-    return float(values.mean(1).std() / noise.clamp_min(1e-12))
-
-
-def grid_best(
-    grid: Float[Tensor, "start end prompt"], direction: Direction, max_width: int | None = None
-) -> LayerRange:
-    """The best range of the whole grid, by the mean over prompts."""
-    means = grid.mean(-1)
-    widths = torch.arange(len(means))[None] - torch.arange(len(means))[:, None]
-    allowed = (widths >= 0) & (widths < (max_width or len(means)))
-    worst = -torch.inf if direction == "max" else torch.inf
-    means = torch.where(allowed, means, worst)
-    flat = int(means.argmax() if direction == "max" else means.argmin())
-    return LayerRange(flat // len(means), flat % len(means))
-
-
-def resampled_search(
-    cell: Callable[[LayerRange], Float[Tensor, " prompt"]],
-    initial: LayerRange,
-    *,
-    n_layers: int,
-    window: int,
-    direction: Direction,
-    samples: int = 200,
-    seed: int = 0,
-) -> Counter[LayerRange]:
-    """The search's answers over bootstrap samples of prompts. Cells are kept per prompt, so a sample is a mean."""
-    n_prompts = len(cell(initial))
-    drawn = torch.randint(n_prompts, (samples, n_prompts), generator=torch.Generator().manual_seed(seed))
-    answers: Counter[LayerRange] = Counter()
-    for rows in drawn:
-        found = progressive_search(
-            lambda layers, rows=rows: float(cell(layers).double()[rows].mean()),
-            initial,
-            n_layers=n_layers,
-            window=window,
-            direction=direction,
-        )
-        answers[found.range] += 1
-    return answers
-
-
 def locate_by_scaling(
     model: HookedTransformer,
     normal: Sequence[str],
     malicious: Sequence[str],
     over_rejection: Sequence[str],
     *,
-    alpha: float | None = None,
+    alpha: float | str = "auto",
     above: bool = True,
     recipe: str = "attn_out",
     template: str | Template = "own",
@@ -264,8 +103,10 @@ def locate_by_scaling(
     curve: GapCurve | None = None,
     initial: LayerRange | None = None,
     openings: Sequence[str] | None = None,
+    clusters: Sequence[Hashable] | None = None,
     samples: int = 200,
     least_refused: float = LEAST_REFUSED,
+    least_effect: float = LEAST_EFFECT,
     seed: int = 0,
     progress: bool = False,
 ) -> SafetyLayers:
@@ -273,17 +114,21 @@ def locate_by_scaling(
 
     1. gap curve of `normal` and `malicious` (or `curve`, if it is measured already) -> initial range (or `initial`);
     2. baseline: refusal of the `over_rejection` prompts, unscaled;
-    3. `alpha`, if None, by A.3.4, on the side of 1 that `above` says;
-    4. progressive search over `window` layers to both sides; the same on bootstrap samples of the prompts;
+    3. at every alpha above 1 (`above`; else below) the progressive search over `window` layers to both sides; one
+       alpha by the rule "auto" or "paper" (alpha.py); or only at the `alpha` given, a number;
+    4. the search at that alpha again on bootstrap samples of the prompts;
     5. `whole_grid`: every range, for comparison.
 
-    `text`: measure refusals in generated text (the paper's R_o) instead of log-odds.
-    `openings`: for log-odds; default those of REFUSAL_OPENINGS that the model uses on the malicious prompts.
-    `least_refused`: the share of malicious prompts that a model must refuse for a range to be an answer; 0: any.
-    Scaling some layers moves log-odds in every model, also in one that was never aligned; what makes layers safety
-    layers is that malicious prompts are refused. Where they are not, or there is no gap, or scaling moves nothing
-    beyond noise at any alpha, `range` is None and `reason` says so.
+    `text`: measure refusals in generated text (the paper's R_o) instead of refusal probability.
+    `openings`: of refusals, for the probability; default those of REFUSAL_OPENINGS that the model uses on the
+    malicious prompts. `clusters`: a label for every over-rejection prompt; those that share one (a word) are resampled
+    together. `least_refused`: share of malicious prompts that a model must refuse for a range to be an answer; 0: any.
+    `least_effect`: by what share of the prompts a range must change refusals.
+    Scaling some layers moves something in every model, also in one that was never aligned. Where the model does not
+    refuse, or there is no gap, or ranges do not differ beyond noise, or no effect is to be seen, `range` is None.
+    Raises ValueError for alpha = 1, which changes nothing, and for an alpha that is no number and no rule.
     """
+    rule, alphas = _alphas(alpha, above)
     if curve is None:
         sets = (normal, malicious)
         residuals = [last_token_residuals(model, prompts, template, progress=progress) for prompts in sets]
@@ -291,30 +136,40 @@ def locate_by_scaling(
     initial = initial or initial_range(curve)
     if initial is None:
         reason = "no gap between malicious and normal prompts that the rule accepts"
-        return SafetyLayers(None, None, curve, None, None, Counter(), None, None, None, (), None, reason)
-    if openings is None:
-        openings = REFUSAL_OPENINGS if text else openings_in_use(model, malicious, template)
+        return SafetyLayers(None, None, curve, None, None, Counter(), None, None, None, None, (), None, reason)
+    openings = tuple(openings) if openings is not None else openings_in_use(model, malicious, template)
     refused = float(refusal_log_odds(model, malicious, template, openings).sigmoid().mean())
-    engines: dict[float, ScaledRanges] = {}
-
-    def cells(at: float) -> Callable[[LayerRange], Float[Tensor, " prompt"]]:
-        if at not in engines:
-            engines.clear()  # one alpha's states at a time are enough memory
-            engines[at] = ScaledRanges(model, over_rejection, at, recipe, template, openings)
-        return engines[at].refuses if text else engines[at].log_odds
-
-    if alpha is None:
-        choice = choose_alpha(cells, initial, above=above, window=window, text=text)
-    else:
-        choice = AlphaChoice(alpha, True, (), "given")
-    cell, direction = cells(choice.alpha), direction_of(choice.alpha)
-    baseline = engines[choice.alpha].refuses(None) if text else engines[choice.alpha].log_odds(None)
-    search = {"n_layers": model.cfg.n_layers, "window": window, "direction": direction}
-    found = progressive_search(lambda layers: float(cell(layers).double().mean()), initial, **search)
-    counted = resampled_search(cell, initial, **search, samples=samples, seed=seed)
-    grid = engines[choice.alpha].grid(progress, text) if whole_grid else None
-    best = grid_best(grid, direction, max_width=found.range.width) if grid is not None else None
-    reason = _nothing_found(refused, least_refused, choice)
+    direction = direction_of(alphas[0])
+    search = search_at(initial, n_layers=model.cfg.n_layers, window=window, direction=direction)
+    scaled_at = {
+        at: _ScaledAt(ScaledRanges(model, over_rejection, at, recipe, template, openings), text) for at in alphas
+    }
+    points = []
+    for at in tqdm(alphas, desc="alpha", unit="alpha", disable=not progress or len(alphas) == 1):
+        points.append(measure_alpha(at, scaled_at[at].refusal, scaled_at[at].degenerate, search, clusters, seed))
+        scaled_at[at].release()
+    choice = choose_alpha(points, rule) if rule else given_alpha(points[0])
+    chosen = scaled_at[choice.alpha]
+    baseline = chosen.refusal(None)
+    if choice.point.range is None:
+        reason = f"the scaled model's logits are not finite at alpha {choice.alpha}: take one nearer to 1"
+        return SafetyLayers(
+            None, initial, curve, choice, None, Counter(), baseline, None, None, None, openings, refused, reason
+        )
+    found = search(chosen.refusal)
+    counted = resampled_search(
+        chosen.refusal,
+        initial,
+        n_layers=model.cfg.n_layers,
+        window=window,
+        direction=direction,
+        clusters=clusters,
+        samples=samples,
+        seed=seed,
+    )
+    effect = mean_estimate((chosen.refusal(found.range) - baseline).tolist(), clusters, seed=seed)
+    grid = chosen.ranges.grid(progress, text) if whole_grid else None
+    reason = _nothing_found(refused, least_refused, choice, effect, least_effect)
     return SafetyLayers(
         found.range if reason is None else None,
         initial,
@@ -322,19 +177,89 @@ def locate_by_scaling(
         choice,
         (found.upper, found.lower),
         counted,
-        baseline.double(),
+        baseline,
+        effect,
         grid,
-        best,
-        tuple(openings),
+        grid_best(grid, direction) if grid is not None else None,
+        openings,
         refused,
         reason or "found",
     )
 
 
-def _nothing_found(refused: float, least_refused: float, choice: AlphaChoice) -> str | None:
+@dataclass
+class _ScaledAt:
+    """Refusals with ranges scaled by one alpha. Every cell is measured once and kept; `release` frees what the engine
+    holds besides, its states."""
+
+    ranges: ScaledRanges
+    text: bool
+    cells: dict[LayerRange | None, Float[Tensor, " prompt"]] = field(default_factory=dict)
+
+    def refusal(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
+        """Of every prompt: its probability; in text 0 or 1. float64."""
+        if layers not in self.cells:
+            measure = self.ranges.refuses if self.text else self.ranges.probability
+            self.cells[layers] = measure(layers).double()
+        return self.cells[layers]
+
+    def degenerate(self, layers: LayerRange) -> float:
+        """Share of the prompts whose answer is degenerate."""
+        answers = self.ranges.answers(layers, whole=True)
+        return sum(map(is_babble, answers)) / len(answers)
+
+    def release(self) -> None:
+        self.ranges.release()
+
+
+def direction_of(alpha: float) -> Direction:
+    return "max" if alpha > 1 else "min"
+
+
+def check_search_alpha(alpha: float | str) -> None:
+    """Raise ValueError for an alpha that `locate` cannot search at."""
+    if isinstance(alpha, str):
+        if alpha not in get_args(Rule):
+            raise ValueError(f"alpha {alpha!r}: expected a number, or one of the rules {', '.join(get_args(Rule))}")
+        return
+    check_alpha(alpha)
+    if alpha == 1:
+        raise ValueError("alpha = 1 changes nothing: expected a number above or below, or the rule auto or paper")
+
+
+def _alphas(alpha: float | str, above: bool) -> tuple[Rule | None, tuple[float, ...]]:
+    """The rule, if it is one, and the alphas to measure."""
+    check_search_alpha(alpha)
+    if isinstance(alpha, str):
+        return cast(Rule, alpha), ALPHAS_ABOVE if above else ALPHAS_BELOW
+    return None, (float(alpha),)
+
+
+def _nothing_found(
+    refused: float, least_refused: float, choice: AlphaChoice, effect: Estimate, least_effect: float
+) -> str | None:
     """Why the search's answer is no range of safety layers; None where it is one."""
+    point = choice.point
     if refused < least_refused:
         return (
             f"the model refuses {refused:.1%} of the malicious prompts (asked: {least_refused:.0%}): nothing to locate"
         )
-    return None if choice.reached else "scaling moves nothing beyond noise at any alpha tried"
+    if not choice.reached:
+        return {
+            "auto": "answers are degenerate at every alpha tried: nothing to locate",
+            "paper": f"no alpha tried moves refusals by {PAPER_SPREAD:.1%} (standard deviation over the lower sweep)",
+        }.get(choice.rule, "the measure is not finite")
+    if point.p_value > MAX_P:
+        return (
+            f"ranges do not differ beyond noise at alpha {choice.alpha} (spread {point.spread:.1%} of the prompts, "
+            f"p = {point.p_value:.3f})"
+        )
+    sign = 1 if direction_of(choice.alpha) == "max" else -1
+    low, size = min(sign * effect.low, sign * effect.high), sign * effect.value
+    if not (low > 0 and size >= least_effect):
+        moved = f"{effect.value:+.1%} [{effect.low:+.1%}, {effect.high:+.1%}]"
+        return (
+            f"the best range, {point.range}, changes refusals by {moved} at alpha {choice.alpha}: an effect to be seen "
+            f"would be {sign * least_effect:+.0%} or more"
+        )
+    return None

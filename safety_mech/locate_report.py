@@ -22,7 +22,16 @@ from safety_mech.locate import SafetyLayers
 from safety_mech.onset import initial_range
 from safety_mech.report import Example, Section
 from safety_mech.scaling import Recipe, scaled
-from safety_mech.tables import difference_sentence, gap_sentence, gap_table, interval_text, search_sentence, sweep_table
+from safety_mech.tables import (
+    alpha_sentence,
+    alpha_table,
+    difference_sentence,
+    gap_sentence,
+    gap_table,
+    interval_text,
+    search_sentence,
+    sweep_table,
+)
 from safety_mech.views import View
 
 Initial = Mapping[str, LayerRange | None]
@@ -65,7 +74,7 @@ def locate_report(
         Section("What was found", _findings(curves, initial, samples, start, found)),
         Section("How far malicious prompts part from normal ones", _curves(curves["prompts"], initial, figures["gap"])),
         Section("Controls", _controls(config.model, base_name, curves, base_curves, initial, differences)),
-        Section("What scaling a range does to refusals", _search(found, unit, figures.get("sweeps"))),
+        Section("What scaling a range does to refusals", _search(found, unit, figures)),
         Section("Answers before and while scaling", _examples(found, config.recipe, examples)),
         Section("Where the model looks, and which tokens move its refusal", _pictures(figures.get("attention"), views)),
         report.settings_section(config, prompt_hashes, sizes),
@@ -157,16 +166,19 @@ def _largest(curve: GapCurve | GapDifference, layers: LayerRange | None) -> list
     return [f"{float(curve.gap[peak]):.2f}", interval, str(peak), f"{curve.p_any:.3f}", str(layers or "none")]
 
 
-def _search(found: SafetyLayers | None, unit: str, drawn: Figure | None) -> list[Markup]:
-    if found is None or found.sweeps is None or drawn is None:
+def _search(found: SafetyLayers | None, unit: str, figures: Mapping[str, Figure]) -> list[Markup]:
+    if found is None or found.sweeps is None or found.alpha is None:
         return []
     alt = "Two panels: " + "; ".join(f"{sweep.bound} bound, best {sweep.best}" for sweep in found.sweeps)
     caption = "The progressive search: the end of the range is swept with its start held, then the start."
     tables = "\n\n".join(sweep_table(sweep, "value") for sweep in found.sweeps)
-    blocks = [report.figure(drawn, alt, caption, wide=True), report.folded("As tables", report.fixed_width(tables))]
-    if found.alpha is not None and found.alpha.tried:
-        rows = [[f"{alpha:g}", f"{spread:.3f}"] for alpha, spread in found.alpha.tried]
-        blocks.append(report.table(["alpha tried", found.alpha.unit], rows, "How alpha was chosen (paper A.3.4)"))
+    blocks = [report.text(_sentence(alpha_sentence(found.alpha)))]
+    if "alpha" in figures:
+        of_alpha = "By alpha: refused with the best range scaled, spread between ranges, share of degenerate answers"
+        blocks.append(report.figure(figures["alpha"], of_alpha, "How alpha was chosen (paper A.3.4)."))
+        blocks.append(report.folded("The curve over alpha as a table", report.fixed_width(alpha_table(found.alpha))))
+    blocks.append(report.figure(figures["sweeps"], alt, caption, wide=True))
+    blocks.append(report.folded("Sweeps as tables", report.fixed_width(tables)))
     if found.grid is not None:
         blocks.append(grid_picture(found.grid.mean(-1), unit, found.range, found.best_of_grid))
     return blocks
@@ -177,7 +189,7 @@ def _examples(found: SafetyLayers | None, recipe: str, shown: Sequence[Example])
         return []
     layers = found.range or found.initial
     what = f"{recipe} of layers {layers} times {found.alpha.alpha}; greedy, {EXAMPLE_TOKENS} tokens"
-    note = f"The first prompts of each set, not chosen. Scaled: {what}. Verdicts are the text judge's."
+    note = f"Prompts drawn by the seed. Scaled: {what}. Verdicts are the text judge's."
     return [report.text(note, "note"), report.examples(shown)]
 
 

@@ -22,6 +22,7 @@ from safety_mech.refusal import openings_in_use
 class PromptSets:
     """What locators may look at. `pairs` are for patching and decision; `over_rejection` for the search and the grid.
 
+    `clusters`: a label for every over-rejection prompt; those that share one (a word) are resampled together.
     `openings`: those that refusals begin with; default: what this model uses on the malicious prompts (one pass of
     each opening: give them, if several locators run on one model).
     """
@@ -30,6 +31,7 @@ class PromptSets:
     malicious: Sequence[str]
     over_rejection: Sequence[str] = ()
     pairs: Sequence[PromptPair] = ()
+    clusters: Sequence[str] | None = None
     template: str | Template = "own"
     openings: tuple[str, ...] | None = None
     seed: int = 0

@@ -6,7 +6,7 @@
 |---|---|---|
 | gap | the paper's first step: where the cosine gap opens (onset.py) | gap, degrees |
 | search, search_below, search_weights | the paper's scaling search, from there | share of bootstrap answers with it |
-| grid | the best of all ranges, by the paper's measure | log-odds of the layer scaled alone, nats |
+| grid | the best of all ranges, by the paper's measure | refusals with the layer scaled alone, minus unscaled |
 | direction | where harmful and harmless come apart along the difference of means | growth of d' from the layer before |
 | patching | layer outputs exchanged between twins | change of log-odds, nats |
 | decision | the stream exchanged between twins: where the last token first has the decision | share that arrives |
@@ -33,16 +33,17 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from safety_mech.against_base import swap_losses, weight_change
-from safety_mech.agreement import middle_third, resampled_counts
+from safety_mech.agreement import group_numbers, mean_estimate, middle_third, resampled_counts
 from safety_mech.directions import separation
 from safety_mech.divergence import GapCurve, gap_curve, gap_difference
 from safety_mech.layers import LayerRange
-from safety_mech.locate import SafetyLayers, direction_of, grid_best, locate_by_scaling
+from safety_mech.locate import SafetyLayers, direction_of, locate_by_scaling
 from safety_mech.located import Located, Locator, PromptSets, measured_once
 from safety_mech.margin import PARTS, finite_slopes, log_odds_slopes, margin
 from safety_mech.onset import DIFFERENCE_RULE, initial_range, initial_range_samples
 from safety_mech.patching import Patching, Positions, equal_length_twins, patch_twins
 from safety_mech.residuals import last_token_residuals
+from safety_mech.search import grid_best
 from safety_mech.segments import best_ranges, best_segment
 
 SAMPLES = 200
@@ -51,6 +52,8 @@ FINITE_ALPHAS = (0.8, 1.2)
 SEARCH_WINDOW = 4
 DECISION_SHARE = 0.1
 """A layer in which at least this share of the decision arrives is where it is made."""
+DECISION_LEVEL = 0.98
+"""Of the interval of the whole decision: 1 % of models without one pass."""
 DECISION_LEAD = 3
 """Layers before the decision that decision_window adds: of 0 to 5, the number with the best mean IoU on the three
 design organisms of planted.py (0.22, 0.44, 0.67, 0.69, 0.67, 0.67), fixed before any other one was looked at."""
@@ -67,7 +70,8 @@ def locate_by_search(
 ) -> Located:
     """The paper's progressive search; its last best range, whether beyond noise or not."""
     found, detail = _search(model, prompts, recipe, above, grid=False)
-    assert found.sweeps is not None
+    if found.sweeps is None:
+        raise ValueError(found.reason)
     total = max(1, found.samples.total())
     held = [sum(count for r, count in found.samples.items() if layer in r) / total for layer in _layers(model)]
     return Located(method, found.sweeps[1].best, _scores(held), _counted(found.samples), detail)
@@ -76,15 +80,15 @@ def locate_by_search(
 def locate_by_grid(model: HookedTransformer, prompts: PromptSets) -> Located:
     """The best of all ranges, of any width."""
     found, detail = _search(model, prompts, "attn_out", above=True, grid=True)
-    assert found.grid is not None
-    assert found.alpha is not None
-    assert found.baseline is not None
+    if found.grid is None or found.alpha is None or found.baseline is None:
+        raise ValueError(found.reason)
     direction = direction_of(found.alpha.alpha)
-    n_prompts = found.grid.shape[-1]
-    drawn = torch.randint(n_prompts, (SAMPLES, n_prompts), generator=_generator(prompts))
-    samples = Counter(grid_best(found.grid[..., rows], direction) for rows in drawn)
+    numbers = group_numbers(found.grid.shape[-1], prompts.clusters)
+    counts = resampled_counts(SAMPLES, max(numbers) + 1, _generator(prompts))[:, numbers]
+    means = found.grid @ (counts / counts.sum(1, keepdim=True)).T
+    samples = Counter(grid_best(mean[..., None], direction) for mean in means.unbind(-1))
     alone = found.grid.diagonal().mean(0) - found.baseline.mean()
-    return Located("grid", grid_best(found.grid, direction), alone, _counted(samples), detail)
+    return Located("grid", grid_best(found.grid, direction), alone, samples, detail)
 
 
 def locate_by_direction(model: HookedTransformer, prompts: PromptSets) -> Located:
@@ -111,15 +115,29 @@ def locate_by_decision(model: HookedTransformer, prompts: PromptSets, method: st
     adds is the share of the decision that reaches the last token there. Later layers add to it, too, in models where
     only early ones were trained to refuse: the first to do so is where it is made. `lead`: layers before it that are
     added, as far as there are any; what reaches the last token there was written at other positions before.
+
+    The scores are shares of the whole decision, the mean difference between twins. Where noise reaches that (its
+    DECISION_LEVEL interval over pairs is not above 0) shares mean nothing: then there is no answer, and the scores are
+    in nats.
     """
     patched, detail = _patched(model, prompts, what="resid", positions="answer")
-    added = patched.effect.diff(dim=0, prepend=torch.zeros_like(patched.effect[:1])).T
+    added = patched.effect.diff(dim=0, prepend=torch.zeros_like(patched.effect[:1])).T.double()
+    total = mean_estimate(added.sum(1).tolist(), level=DECISION_LEVEL, seed=prompts.seed)
+    if not total.low > 0:
+        reason = f"twins do not differ beyond noise: {total} nats"
+        return Located(method, None, added.mean(0), Counter(), f"{detail}; {reason}")
     shares = added.mean(0) / added.mean(0).sum()
     samples = _resampled(added, prompts, _generator(prompts))
-    answers = Counter(led_by(first_run(row / row.sum(), DECISION_SHARE), lead) for row in samples)
-    found = led_by(first_run(shares, DECISION_SHARE), lead)
+    answers = Counter(led_by(_decided_in(row), lead) for row in samples)
+    found = led_by(_decided_in(added.mean(0)), lead)
     held = float(shares[found.start : found.end + 1].sum()) if found else 0.0
-    return Located(method, found, shares.double(), answers, f"{detail}; {held:.0%} of the decision arrives there")
+    return Located(method, found, shares, answers, f"{detail}; {held:.0%} of the decision arrives there")
+
+
+def _decided_in(added: Float[Tensor, " layer"]) -> LayerRange | None:
+    """The first run of layers with DECISION_SHARE of the whole; None where the whole is not above 0."""
+    whole = added.sum()
+    return first_run(added / whole, DECISION_SHARE) if whole > 0 else None
 
 
 def led_by(found: LayerRange | None, lead: int) -> LayerRange | None:
@@ -308,6 +326,7 @@ def _search(
         curve=curve,
         initial=start,
         openings=_openings(prompts),
+        clusters=prompts.clusters,
         samples=SAMPLES,
         seed=prompts.seed,
     )

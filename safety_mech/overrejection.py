@@ -7,7 +7,7 @@ costs about L^3/6 layer evaluations instead of L^3/2. The template's opening is 
 where they are. The results are those of the full forward.
 
 Two measures:
-- `log_odds`: refusal log-odds of every prompt (refusal.py), no generation;
+- `log_odds`, `probability`: refusal of every prompt (refusal.py) in nats or as a probability, no generation;
 - `refuses`: text, the paper's R_o: refusal (judge.py) in the first greedy tokens. A model scaled too far babbles:
   babble is told from refusal by the judge and does not count.
 """
@@ -15,6 +15,7 @@ Two measures:
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -98,9 +99,8 @@ class ScaledRanges:
         chains = opening_chains(tokenizer_of(self.model), self.template, self.openings)
         longest = max(JUDGED_TOKENS, *(len(chain.tokens) for chain in chains))
         check_context(chats, self.model.cfg.n_ctx, longest)
-        self._chats = chats
-        self._log_odds = _Kept(self, chats, chains)
-        self._text: _Kept | None = None
+        self._chats, self._chains = chats, chains
+        self._kept: dict[str, _Kept] = {}
 
     @property
     def n_layers(self) -> int:
@@ -112,7 +112,11 @@ class ScaledRanges:
 
     def log_odds(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
         """Refusal log-odds (nats, float64) of every prompt with `layers` scaled; None: unscaled."""
-        return self._log_odds.measure(layers)
+        return self._states("log-odds").measure(layers)
+
+    def probability(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
+        """Probability (float64) that each prompt is answered with a refusal; its sum is the expected R_o."""
+        return self.log_odds(layers).sigmoid()
 
     def refuses(self, layers: LayerRange | None) -> Bool[Tensor, " prompt"]:
         """Whether each prompt is refused in text with `layers` scaled; None: unscaled. Its sum is the paper's R_o."""
@@ -121,13 +125,20 @@ class ScaledRanges:
     def answers(self, layers: LayerRange | None, *, whole: bool = False) -> list[str]:
         """The first greedy tokens of every answer; an answer that cannot be a refusal any more is left where that
         showed, unless `whole`."""
-        if self._text is None:
-            self._text = _Kept(self, self._chats, [None])
-        return self._text.answers(layers, whole)
+        return self._states("text").answers(layers, whole)
+
+    def release(self) -> None:
+        """Forget all states and cells; what is measured next runs the model again."""
+        self._kept.clear()
+
+    def _states(self, measure: Literal["log-odds", "text"]) -> "_Kept":
+        if measure not in self._kept:
+            self._kept[measure] = _Kept(self, self._chats, self._chains if measure == "log-odds" else [None])
+        return self._kept[measure]
 
     def grid(self, progress: bool = False, text: bool = False) -> Float[Tensor, "start end prompt"]:
-        """Log-odds (`text`: refusals, 0 or 1) of every range [start, end]; NaN where end < start."""
-        measure = self.refuses if text else self.log_odds
+        """Refusal probability (`text`: refusals, 0 or 1) of every range [start, end]; NaN where end < start."""
+        measure = self.refuses if text else self.probability
         n = self.n_layers
         cells = torch.full((n, n, len(self.prompts)), torch.nan, dtype=torch.float64)
         bar = tqdm(total=n * (n + 1) // 2, desc="grid", unit="range", disable=not progress)

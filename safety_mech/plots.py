@@ -15,10 +15,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
+from safety_mech.alpha import MAX_DEGENERATE, AlphaChoice
 from safety_mech.attention import QuestionAttention, min_max
 from safety_mech.divergence import GapCurve, PairStats
 from safety_mech.layers import LayerRange
-from safety_mech.locate import Sweep
+from safety_mech.search import Sweep
 from safety_mech.words import KINDS, WordShares, mean_interval
 
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
@@ -128,6 +129,28 @@ def plot_sweeps(sweeps: Sequence[Sweep], baseline: Tensor | None, unit: str) -> 
     return figure
 
 
+def plot_alpha(choice: AlphaChoice, baseline: float) -> Figure:
+    """The curve over alpha: refusals with the best range scaled, spread between ranges, degenerate answers."""
+    figure, (ax,) = new_figure()
+    alphas = [point.alpha for point in choice.points]
+    lines = {
+        "refused with the best range scaled": [point.rate for point in choice.points],
+        "spread between ranges, noise taken off": [point.spread for point in choice.points],
+        "degenerate answers": [point.degenerate for point in choice.points],
+    }
+    for (label, values), style in zip(lines.items(), STYLES, strict=False):
+        ax.plot(alphas, values, label=label, **style)
+    ax.axhline(baseline, color=GREY, linestyle=":", label=f"refused unscaled ({baseline:.2f})")
+    ax.axhline(MAX_DEGENERATE, color="black", linewidth=0.6, linestyle=(0, (1, 3)))
+    ax.axvline(choice.alpha, color="black", linewidth=1.0, label=f"alpha chosen: {choice.alpha}")
+    ax.set_xticks(alphas)
+    ax.set_xlabel("alpha (1 = unscaled)")
+    ax.set_ylabel("share of the prompts")
+    ax.set_ylim(-0.02, 1.02)
+    ax.legend(fontsize=8, frameon=False)
+    return figure
+
+
 def plot_grid(grid: Tensor, found: LayerRange | None, unit: str, best: LayerRange | None = None) -> Figure:
     """Every range: start on the vertical axis, end on the horizontal; the located range and the grid's best marked."""
     figure, (ax,) = new_figure(width=6.5, height=5.2)
@@ -137,7 +160,7 @@ def plot_grid(grid: Tensor, found: LayerRange | None, unit: str, best: LayerRang
     if found is not None:
         _mark_cell(ax, found, "s", f"located {found}")
     if best is not None and best != found:
-        _mark_cell(ax, best, "D", f"best of the grid, no wider: {best}")
+        _mark_cell(ax, best, "D", f"best of the grid: {best}")
     if found is not None or best is not None:
         ax.legend(loc="upper left", fontsize=8, frameon=False)
     ax.set_xlabel("end of the scaled range (layer)")

@@ -2,9 +2,11 @@
 
 from collections import Counter
 
+from safety_mech.alpha import AlphaChoice
 from safety_mech.divergence import GapCurve, GapDifference
 from safety_mech.layers import LayerRange
-from safety_mech.locate import SafetyLayers, Sweep
+from safety_mech.locate import SafetyLayers
+from safety_mech.search import Sweep
 
 
 def gap_table(curve: GapCurve, initial: LayerRange | None) -> str:
@@ -68,7 +70,7 @@ def layers_text(layers: list[int]) -> str:
 def sweep_table(sweep: Sweep, unit: str) -> str:
     """A sweep as the paper prints it: ranges above, values below, the best in stars."""
     cells = [f"*{layers}*" if layers == sweep.best else str(layers) for layers in sweep.ranges]
-    values = [f"{value:.2f}" for value in sweep.values]
+    values = [f"{value:.3f}" for value in sweep.values]
     widths = [max(map(len, pair)) for pair in zip(cells, values, strict=True)]
     head = f"{sweep.bound} bound"
     rows = [
@@ -78,8 +80,39 @@ def sweep_table(sweep: Sweep, unit: str) -> str:
     return "\n".join(rows)
 
 
+def alpha_table(choice: AlphaChoice) -> str:
+    """The curve over alpha, one line an alpha; the chosen one carries a bar. Rates are shares of the prompts."""
+    lines = [f"{'alpha':>5}  {'range':<9} {'refused':>8} {'spread':>7} {'p':>6} {'lower sd':>8} {'degenerate':>10}"]
+    for point in choice.points:
+        mark = " |" if point.alpha == choice.alpha else ""
+        lines.append(
+            f"{point.alpha:>5.2f}  {point.range!s:<9} {point.rate:>8.1%} {point.spread:>7.1%} {point.p_value:>6.3f} "
+            f"{point.lower_spread:>8.1%} {point.degenerate:>10.1%}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def alpha_sentence(choice: AlphaChoice) -> str:
+    """How alpha was chosen, and whether its neighbours locate the same range."""
+    rules = {
+        "auto": "the greatest spread between ranges beyond noise, answers not degenerate",
+        "paper": "the first at which the rate's standard deviation over the lower sweep reaches 2.5 %",
+        "given": "given",
+    }
+    agreement = "" if choice.agreement is None else f"; IoU with the neighbouring alphas' ranges {choice.agreement:.2f}"
+    return f"alpha {choice.alpha} ({rules[choice.rule]}){agreement}"
+
+
+def effect_text(found: SafetyLayers) -> str:
+    """ "0.28 -> 0.69, +0.41 [+0.30, +0.52]": refusals unscaled and scaled, and the change with its interval."""
+    assert found.baseline is not None
+    assert found.effect is not None
+    before, effect = float(found.baseline.mean()), found.effect
+    return f"{before:.2f} -> {before + effect.value:.2f}, {effect.value:+.2f} [{effect.low:+.2f}, {effect.high:+.2f}]"
+
+
 def search_sentence(found: SafetyLayers) -> str:
-    """The located range, its interval, and how it was got."""
+    """The located range, what it does, its interval, and whether the grid has a better one."""
     if found.range is None:
         return f"no safety layers located: {found.reason}"
     interval = found.interval()
@@ -91,4 +124,4 @@ def search_sentence(found: SafetyLayers) -> str:
     if found.best_of_grid is not None:
         better = "the grid's best too" if found.is_best_of_grid else f"but the grid's best is {found.best_of_grid}"
         grid = f"; {better}"
-    return f"located {found.range}{alpha}{spans}{sure}{grid}"
+    return f"located {found.range}{alpha}, refusals {effect_text(found)}{spans}{sure}{grid}"

@@ -28,7 +28,7 @@ from safety_mech.locators import (
     locate,
 )
 from safety_mech.margin import finite_slopes, log_odds_slopes, margin
-from safety_mech.patching import patch_twins
+from safety_mech.patching import Patching, patch_twins
 from safety_mech.refusal import openings_in_use
 from safety_mech.segments import best_ranges, best_segment
 
@@ -115,6 +115,39 @@ def test_decision(refusing_model, sets, answers):
     assert window.samples.total() == answers["decision"].samples.total() == SAMPLES
     with pytest.raises(ValueError, match="0 pairs with twins of equal token length"):
         LOCATORS["decision"](refusing_model, replace(sets, pairs=()))
+
+
+def patched_with(monkeypatch: pytest.MonkeyPatch, added: torch.Tensor) -> None:
+    """What patching finds is `added` (layer, pair): what each layer adds to the effect, in nats."""
+    effect = added.double().cumsum(0)
+    zeros = torch.zeros_like(effect)
+    found = Patching(zeros[0], zeros[0], -effect, effect)
+    monkeypatch.setattr(locators, "_patched", lambda *_, **__: (found, "patched"))
+
+
+@pytest.mark.parametrize("method", ["decision", "decision_window"])
+def test_no_decision_where_noise_reaches_the_whole(refusing_model, sets, monkeypatch, method):
+    """Shares of a whole near 0, or below it, mean nothing: they were -2.7 to 4.5, and "100 % of the decision"."""
+    noise = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    for whole in (0.0, -3.0):
+        patched_with(monkeypatch, noise + whole / 4)
+        found = LOCATORS[method](refusing_model, sets)
+        assert found.range is None
+        assert "do not differ beyond noise" in found.detail
+        torch.testing.assert_close(found.scores, (noise + whole / 4).double().mean(1))
+        assert found.samples == {}
+    patched_with(monkeypatch, noise + torch.tensor([0.0, 0.0, 5.0, 0.0])[:, None])
+    assert LOCATORS["decision"](refusing_model, sets).range.start == 2
+
+
+def test_a_random_model_seldom_decides(sets, monkeypatch):
+    """Twelve pairs, four layers, no difference between twins: 1 % of models may pass, a few of 60."""
+    model = build_tiny_model(n_layers=4)
+    answers = []
+    for seed in range(60):
+        patched_with(monkeypatch, torch.randn(4, 12, generator=torch.Generator().manual_seed(seed)))
+        answers.append(LOCATORS["decision"](model, sets).range)
+    assert sum(answer is not None for answer in answers) <= 4
 
 
 def test_the_window_ends_with_the_decision(refusing_model, sets, monkeypatch):
