@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from safety_mech.chat import answer_space, encode_chat, resolve_template, tokenizer_of
-from safety_mech.forward import embed, run_blocks, run_opening
+from safety_mech.forward import embed, run_blocks, run_opening, unembed
 from safety_mech.freeze import (
     Frozen,
     ParameterFilter,
@@ -247,8 +247,7 @@ def answer_log_probs(
         marks = pad_sequence([example.loss[opening_length:] for example in examples], True)
         resid = run_blocks(model, embed(model, tokens[:, :-1], opening_length), cache=opening.cache_for(len(examples)))
         wanted = marks[:, 1:].to(device)
-        final = model.ln_final(resid[wanted][None]) if model.cfg.normalization_type else resid[wanted][None]
-        logits = model.unembed(final)[0]
+        logits = unembed(model, resid[wanted][None])[0]
     log_probs = -cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")
     return log_probs.new_zeros(len(examples)).index_add(0, wanted.nonzero()[:, 0], log_probs)
 

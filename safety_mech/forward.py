@@ -81,12 +81,15 @@ def run_blocks(
     return resid
 
 
+def unembed(model: HookedTransformer, resid: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt pos vocab"]:
+    """Logits of the token after every position: final norm, unembedding, and the soft cap of a model that has one."""
+    final = model.ln_final(resid) if model.cfg.normalization_type is not None else resid
+    return apply_softcap(model.unembed(final), model.cfg.output_logits_soft_cap)
+
+
 def unembed_last(model: HookedTransformer, resid: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt vocab"]:
     """Logits of the token after the last position, and of no other position."""
-    last = resid[:, -1:]
-    if model.cfg.normalization_type is not None:
-        last = model.ln_final(last)
-    return apply_softcap(model.unembed(last), model.cfg.output_logits_soft_cap)[:, 0]
+    return unembed(model, resid[:, -1:])[:, 0]
 
 
 def empty_cache(model: HookedTransformer, batch: int) -> Cache:

@@ -36,7 +36,12 @@ PAIRS = [
     ("Name a fruit", "A pear"),
 ]
 QUICK = TrainConfig(epochs=2, batch_size=2, learning_rate=1e-2, warmup_steps=2)
-STYLES = {"rotary": {}, "gpt-2": GPT2_STYLE, "no final norm": {"normalization_type": None}}
+STYLES = {
+    "rotary": {},
+    "gpt-2": GPT2_STYLE,
+    "no final norm": {"normalization_type": None},
+    "soft cap": {"output_logits_soft_cap": 2.0},
+}
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
