@@ -158,7 +158,7 @@ def dpo(
         preferred, other = gained.chunk(2)
         return -logsigmoid(beta * (preferred - other)).mean()
 
-    return fine_tune(model, pairs, config, frozen, order=order, loss=loss, **options)
+    return fine_tune(model, pairs, config, frozen, order=order, loss=loss, method=f"DPO, beta {beta}", **options)
 
 
 # --- neurons, adapters ------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """Fine-tuning methods: what is frozen is bit-identical, what is not has moved, and each does what its paper says."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from safety_mech import LayerRange, TrainConfig, fine_tune
+from safety_mech import LayerRange, TrainConfig, TrainRecord, fine_tune, methods
 from safety_mech.attacks import reverse_preferences
 from safety_mech.finetune import answer_log_probs, encode_examples
 from safety_mech.freeze import Frozen, trainable_names
@@ -156,6 +157,22 @@ def test_a_large_rho_holds_the_weights_near_their_start(fresh_tiny_model, make_t
     assert distances[1] < 0.7 * distances[0]
 
 
+def test_every_state_of_lisa_has_an_anchor_of_its_own(fresh_tiny_model, monkeypatch) -> None:
+    """Two user steps, then one of alignment: anchors at steps 0, 2, 3, 5. The pull is rho (w - anchor)."""
+    caught: dict[str, Any] = {}
+    record = TrainRecord([], None, None, 0, 0, 0, 0, {})
+    monkeypatch.setattr(methods, "fine_tune", lambda *_, **options: caught.update(options) or record)
+    lisa(ALIGNMENT, rho=0.5, alignment_steps=1, user_steps=2)(fresh_tiny_model, PAIRS, QUICK)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    pulls = []
+    for step, value in enumerate([1.0, 3.0, 10.0, 20.0, 26.0, 50.0, 60.0]):
+        weight.data.fill_(value)
+        weight.grad = torch.zeros(1)
+        caught["adjust"](step, {"w": weight})
+        pulls.append(float(weight.grad))
+    assert pulls == [0.0, 0.5 * (3 - 1), 0.0, 0.0, 0.5 * (26 - 20), 0.0, 0.0]
+
+
 def test_lisa_sees_both_data_sets(fresh_tiny_model) -> None:
     record = lisa(ALIGNMENT, 0.1, alignment_steps=1, user_steps=2)(fresh_tiny_model, PAIRS, QUICK, progress=False)
     assert len(record.steps) == 8 + 3  # four passes of two user batches; a state of one batch between their pairs
@@ -232,6 +249,14 @@ def test_dpo_loss_by_hand(fresh_tiny_model) -> None:
     )
     expected = -torch.log(torch.sigmoid(0.3 * (after[0] - before))).mean()
     assert record.steps[1].loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_dpo_run_does_not_go_on_from_one_of_another_beta(make_tiny_model, tmp_path) -> None:
+    config, options = replace(QUICK, checkpoint_every=1), {"checkpoint": tmp_path / "run.pt", "progress": False}
+    first = dpo(make_tiny_model(), PREFERENCES, config, beta=0.1, **options)
+    with pytest.raises(ValueError, match="run with other data or settings"):
+        dpo(make_tiny_model(), PREFERENCES, config, beta=5.0, **options)
+    assert dpo(make_tiny_model(), PREFERENCES, config, beta=0.1, **options) == first
 
 
 def test_dpo_with_frozen_layers(fresh_tiny_model) -> None:
