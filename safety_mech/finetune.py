@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from safety_mech.chat import answer_space, encode_chat, resolve_template, tokenizer_of
-from safety_mech.forward import embed, run_blocks, run_opening, unembed
+from safety_mech.forward import check_one_device, embed, run_blocks, run_opening, unembed
 from safety_mech.freeze import (
     Frozen,
     ParameterFilter,
@@ -149,6 +149,7 @@ def fine_tune(
     another run, without `method` where it is wanted, or together with `adjust` (whose state it would not hold), and for
     a loss or a gradient that is not finite (naming the step; the weights are those before that step).
     """
+    check_one_device(model)
     _check_config(config)
     _check_checkpoint(checkpoint, adjust, method, order, loss)
     examples = encode_examples(model, pairs, config)

@@ -44,6 +44,12 @@ class Opening:
         ]
 
 
+def check_one_device(model: HookedTransformer) -> None:
+    """Raise ValueError for a model that is spread over several devices: activations are kept on one."""
+    if model.cfg.n_devices > 1:
+        raise ValueError(f"n_devices = {model.cfg.n_devices}: expected a model on one device; load it with n_devices=1")
+
+
 def embed(
     model: HookedTransformer,
     tokens: Int[Tensor, "prompt pos"],
@@ -54,6 +60,7 @@ def embed(
 
     `attention_mask`: only where rows of a merged cache are padded on the left (see `merge_caches`).
     """
+    check_one_device(model)
     resid = model.hook_embed(model.embed(tokens))
     kind = model.cfg.positional_embedding_type
     if kind == "standard":

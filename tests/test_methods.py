@@ -117,6 +117,16 @@ def test_frozen_neurons_stay_and_the_others_move(fresh_tiny_model) -> None:
             assert same.nonzero().flatten().tolist() == neurons
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_masks_are_on_their_weights_device(fresh_tiny_model, device) -> None:
+    """meta stands in for a GPU: a mask on the CPU cannot multiply a gradient there."""
+    model, scores = fresh_tiny_model.to(device), torch.rand(6, 32, generator=torch.Generator().manual_seed(0))
+    for name, mask in neuron_masks(model, scores, 3).items():
+        weight = model.get_parameter(name)
+        assert mask.device == weight.device
+        assert torch.empty_like(weight).mul_(mask).shape == weight.shape
+
+
 def test_neurons_of_equal_size(fresh_tiny_model) -> None:
     cfg = fresh_tiny_model.cfg
     attention = 2 * cfg.d_model * cfg.d_head * (cfg.n_heads + cfg.n_key_value_heads)
@@ -134,6 +144,18 @@ def test_lora_outside_leaves_the_range_and_is_merged(fresh_tiny_model) -> None:
     assert moved(fresh_tiny_model, before) == projections_of(fresh_tiny_model, [0, 1, 4, 5])
     assert record.steps[-1].loss < record.steps[0].loss
     assert set(state(fresh_tiny_model)) == set(before)
+
+
+def test_the_seed_of_a_run_draws_the_start_of_its_updates(make_tiny_model) -> None:
+    """One step of one batch, so that the order of the data is no difference: only the start of the updates is."""
+    config = replace(QUICK, epochs=1, batch_size=len(PAIRS))
+    models = [make_tiny_model() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        lora_outside(RANGE, rank=2)(model, PAIRS, replace(config, seed=seed), progress=False)
+    first, again, other = (state(model) for model in models)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    distance = max(float((first[name] - other[name]).abs().max()) for name in first)
+    assert distance > 1e-3
 
 
 # --- Lisa -------------------------------------------------------------------------------------------------------------
