@@ -234,6 +234,19 @@ def _read_built_in(folder: str, gguf_file: str, dtype: torch.dtype) -> tuple[Pre
     return _read_files(Source(folder, gguf_file), dtype, trust_remote_code=False)
 
 
+_HARMLESS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".position_ids",
+    "lm_head.weight",
+)
+"""Endings of names that old checkpoints hold and that are no part of the model: rotation frequencies, causal masks,
+positions, a tied unembedding. transformers works them out anew."""
+
+
 def _read_files(
     source: Source, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -249,6 +262,11 @@ def _read_files(
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing from the files, among them {missing[0]}")
+        if extra := sorted(name for name in report["unexpected_keys"] if not name.endswith(_HARMLESS)):
+            raise ValueError(
+                f"{len(extra)} weights of the files have no place in the model of config.json, among them {extra[0]}: "
+                "expected the config that belongs to these weights"
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(_why_not_loaded(source, error)) from error
     # A GGUF is de-quantised while loading, but its config goes on saying that it is quantised.
@@ -271,12 +289,17 @@ def _why_not_loaded(source: Source, error: Exception) -> str:
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    from peft import PeftModel  # slow to import, and most runs need no adapter
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict  # slow, and most runs need no adapter
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+            adapted = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        # peft drops what it finds no place for, and tells only who loads the weights once more.
+        extra = set_peft_model_state_dict(adapted, load_peft_weights(str(adapter), device="cpu")).unexpected_keys
+        if extra:
+            raise ValueError(f"{len(extra)} of its weights have no place in the model, the first is {extra[0]}")
+        return adapted.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
         raise ValueError(f"adapter {str(adapter)!r} does not fit this model: {str(error).splitlines()[0]}") from error
 
@@ -357,12 +380,15 @@ def _refuse_what_would_be_dropped(architecture: str, config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     kind, llama = rope.get("rope_type", "default"), architecture == "LlamaForCausalLM"
     plain = architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    gemma = architecture == "GemmaForCausalLM"
+    may_have_biases = llama or gemma or architecture in ("Qwen3ForCausalLM", "OlmoForCausalLM", "OlmoeForCausalLM")
     partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
     dropped = {
-        f"rope_type {kind!r}": (plain or "Phi3" in architecture)
+        f"rope_type {kind!r}": (plain or gemma or "Phi3" in architecture)
         and kind not in ("default", "dynamic", *["llama3"] * llama),
-        "attention_bias": llama and getattr(config, "attention_bias", False),
+        "attention_bias": may_have_biases and getattr(config, "attention_bias", False),
         "mlp_bias": llama and getattr(config, "mlp_bias", False),
+        "hidden_act": gemma and config.hidden_act not in ("gelu", "gelu_pytorch_tanh"),
         "partial_rotary_factor": architecture == "Phi3ForCausalLM" and partial != 1.0,
         "use_sliding_window": architecture.startswith("Qwen") and getattr(config, "use_sliding_window", False),
     }

@@ -59,9 +59,22 @@ def llama(**changes: Any) -> PreTrainedModel:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shaped(**changes)))
 
 
-def gemma() -> PreTrainedModel:
-    config = transformers.GemmaConfig(**shaped(head_dim=8, num_key_value_heads=1, tie_word_embeddings=True))
-    return transformers.GemmaForCausalLM(config)
+def gemma(**changes: Any) -> PreTrainedModel:
+    shape = shaped(head_dim=8, num_key_value_heads=1, tie_word_embeddings=True) | changes
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**shape))
+
+
+def mistral(**changes: Any) -> PreTrainedModel:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**shaped(sliding_window=None, **changes)))
+
+
+def qwen3(**changes: Any) -> PreTrainedModel:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shaped(head_dim=8, **changes)))
+
+
+def olmoe(**changes: Any) -> PreTrainedModel:
+    shape = shaped(num_experts=4, num_experts_per_tok=2) | changes
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**shape))
 
 
 def phi3(**changes: Any) -> PreTrainedModel:
@@ -104,7 +117,9 @@ ARCHITECTURES = {
     "llama 3 rope": Architecture(lambda: llama(rope_parameters=LLAMA3_ROPE), 2),
     "gemma": Architecture(gemma, 1, d_head=8),
     "phi-3": Architecture(phi3, 2),
+    "mistral": Architecture(mistral, 2),
     "qwen2": Architecture(qwen2, 2),
+    "qwen3": Architecture(qwen3, 2, d_head=8),
     "qwen2 in a folder called my-llama-test": Architecture(qwen2, 2, folder="my-llama-test"),
     "qwen2 in a folder called gemma-2-9b-it": Architecture(qwen2, 2, folder="google/gemma-2-9b-it"),
     "llama in a folder called my-gemma": Architecture(llama, 2, folder="my-gemma"),
@@ -225,6 +240,14 @@ UNUSUAL_FEATURES = {
     ),
     "attention bias": lambda: llama(attention_bias=True),
     "mlp bias": lambda: llama(mlp_bias=True),
+    "gemma with attention bias": lambda: gemma(attention_bias=True),
+    "qwen3 with attention bias": lambda: qwen3(attention_bias=True),
+    "olmoe with attention bias": lambda: olmoe(attention_bias=True),
+    "mistral with attention bias": lambda: mistral(attention_bias=True),
+    "phi-3 with attention bias": lambda: phi3(attention_bias=True),
+    "qwen2 with mlp bias": lambda: qwen2(mlp_bias=True),
+    "gemma with another activation": lambda: gemma(hidden_act="silu"),
+    "gemma with rope linear": lambda: gemma(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
     "phi-3 with partial rotary": lambda: phi3(hidden_size=32, partial_rotary_factor=0.5),
     "qwen2 with a sliding window": lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1),
     "gpt-2 with a narrow mlp": lambda: gpt2(n_ctx=64, n_inner=40),
@@ -349,6 +372,31 @@ def test_adapter_that_fits_no_weight_is_refused(llama_folder, adapter, tmp_path)
     save_file(renamed, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="adapter"):
         load_model(llama_folder, adapter=tmp_path)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(llama_folder, tmp_path):
+    """peft itself loads the layers that there are, and drops the others without a word."""
+    import peft
+
+    deeper = llama(num_hidden_layers=6)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(deeper, config).save_pretrained(tmp_path)
+    assert_one_line_error(
+        r"does not fit this model: 12 of its weights have no place in the model, the first is .*layers\.3\.",
+        llama_folder,
+        adapter=tmp_path,
+    )
+
+
+def test_an_adapter_of_some_layers_is_merged(llama_folder, tmp_path):
+    import peft
+
+    base, _ = load_transformers(llama_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
+    with_lora: Any = peft.get_peft_model(copy.deepcopy(base), config)
+    with_lora.save_pretrained(tmp_path)
+    hooked = load_model(llama_folder, adapter=tmp_path)
+    assert distance(hooked, with_lora.merge_and_unload().eval()) < TOLERANCE
 
 
 # --- the layout of weights ---------------------------------------------------------------------------------------
@@ -507,6 +555,11 @@ def unknown_type(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
 
 
+def fewer_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+
+
 DAMAGES = {
     "no JSON": lambda folder: (folder / "config.json").write_text("{nonsense"),
     "unknown type": unknown_type,
@@ -517,6 +570,7 @@ DAMAGES = {
 DAMAGES_THAT_PASS = {
     "a weight is missing": drop_a_weight,  # transformers makes up a random one, and says so where nobody listens
     "a weight has another shape": reshape_a_weight,  # RuntimeError
+    "a config of fewer layers": fewer_layers,  # transformers loads the first of them
 }
 
 
@@ -525,6 +579,33 @@ def test_damaged_folder_is_refused(damage, tmp_path):
     save(llama(), tmp_path)
     (DAMAGES | DAMAGES_THAT_PASS)[damage](tmp_path)
     assert_one_line_error("could not be loaded", tmp_path)
+
+
+def test_a_config_of_fewer_layers_names_what_has_no_place(tmp_path):
+    save(llama(), tmp_path)
+    fewer_layers(tmp_path)
+    assert_one_line_error(
+        r"9 weights of the files have no place in the model of config\.json, among them model\.layers\.2\.", tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "extra"),
+    [
+        (llama, "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        (lambda: llama(tie_word_embeddings=True), "lm_head.weight"),
+        (lambda: gpt2(n_ctx=64), "transformer.h.0.attn.bias"),
+        (lambda: gpt2(n_ctx=64), "transformer.h.0.attn.masked_bias"),
+    ],
+    ids=["rotation", "tied unembedding", "mask", "masked bias"],
+)
+def test_what_old_checkpoints_hold_beside_the_weights_does_no_harm(build, extra, tmp_path):
+    reference = save(build(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    tied = next(name for name in weights if "embed_tokens" in name or "wte" in name)
+    weights[extra] = weights[tied].clone() if extra == "lm_head.weight" else torch.ones(2)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert distance(load_model(tmp_path), reference) < TOLERANCE
 
 
 def test_file_that_is_no_gguf(tmp_path):
