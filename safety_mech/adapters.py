@@ -110,7 +110,34 @@ def _place(
     return update
 
 
-def _add_to_attention(attn: Any, updates: dict[str, LowRankUpdate]) -> list[RemovableHandle]:
+class _Tap:
+    """What comes out of a hook point, after all hooks that are there now: it listens once, and last."""
+
+    def __init__(self, point: nn.Module):
+        self.point = point
+        self.kept: list[Tensor] = []
+        self.handle: RemovableHandle | None = None
+
+    def listen(self) -> None:
+        self.remove()
+        self.handle = self.point.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.remove()
+        self.kept.append(output)
+
+    def take(self) -> Tensor:
+        return self.kept.pop()
+
+    def remove(self) -> None:
+        """Listen no more, also where an interrupted forward pass never came to the hook point."""
+        self.kept.clear()
+        if self.handle is not None:
+            self.handle.remove()
+            self.handle = None
+
+
+def _add_to_attention(attn: Any, updates: dict[str, LowRankUpdate]) -> list[RemovableHandle | _Tap]:
     """q, k and v from the module's inputs; o from what comes out of hook_z."""
     inputs: dict[str, Tensor] = {}
     z = _Tap(attn.hook_z)
@@ -135,10 +162,11 @@ def _add_to_attention(attn: Any, updates: dict[str, LowRankUpdate]) -> list[Remo
             for name, point in (("W_Q", attn.hook_q), ("W_K", attn.hook_k), ("W_V", attn.hook_v))
         ),
         attn.register_forward_hook(after),
+        z,
     ]
 
 
-def _add_to_mlp(mlp: Any, updates: dict[str, LowRankUpdate]) -> list[RemovableHandle]:
+def _add_to_mlp(mlp: Any, updates: dict[str, LowRankUpdate]) -> list[RemovableHandle | _Tap]:
     """gate and up from the module's input; down from what comes out of hook_post."""
     inputs: list[Tensor] = []
     post = _Tap(mlp.hook_post)
@@ -162,27 +190,8 @@ def _add_to_mlp(mlp: Any, updates: dict[str, LowRankUpdate]) -> list[RemovableHa
         mlp.hook_pre.register_forward_hook(product_of("W_gate"), prepend=True),
         mlp.hook_pre_linear.register_forward_hook(product_of("W_in"), prepend=True),
         mlp.register_forward_hook(after),
+        post,
     ]
-
-
-class _Tap:
-    """What comes out of a hook point, after all hooks that are there now: it listens once, and last."""
-
-    def __init__(self, point: nn.Module):
-        self.point = point
-        self.kept: list[Tensor] = []
-
-    def listen(self) -> None:
-        self.kept.clear()
-
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.kept.append(output)
-            handle.remove()
-
-        handle = self.point.register_forward_hook(keep)
-
-    def take(self) -> Tensor:
-        return self.kept.pop()
 
 
 @contextmanager

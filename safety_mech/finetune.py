@@ -9,7 +9,9 @@ gradient (their keys and values serve all rows); only positions with a loss are 
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -24,7 +26,7 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from safety_mech.chat import answer_space, encode_chat, resolve_template, tokenizer_of
-from safety_mech.forward import embed, run_blocks, run_opening
+from safety_mech.forward import check_one_device, embed, run_blocks, run_opening, unembed
 from safety_mech.freeze import (
     Frozen,
     ParameterFilter,
@@ -87,6 +89,8 @@ class TrainRecord:
     n_trained: int
     n_frozen: int
     cut_examples: int
+    extra_bytes: int
+    """Memory of AdamW's state and of float32 masters, without gradients and activations."""
     frozen_hashes: dict[str, str] = field(repr=False)
 
 
@@ -104,7 +108,8 @@ Order = Callable[[Sequence[Example], TrainConfig], list[list[int]]]
 Loss = Callable[[Sequence[int]], Float[Tensor, ""]]
 """The mean loss of a batch, given as indices of examples."""
 Adjust = Callable[[int, Mapping[str, nn.Parameter]], None]
-"""Changes the gradients of the trained parameters, by name, before they are clipped and applied; `int`: the step."""
+"""Changes the gradients of what is trained (of 16-bit weights: their float32 masters), by name, before they are clipped
+and applied; `int`: the step."""
 
 
 def fine_tune(
@@ -119,6 +124,7 @@ def fine_tune(
     order: Order | None = None,
     loss: Loss | None = None,
     adjust: Adjust | None = None,
+    method: str | None = None,
     after_step: Callable[[StepRecord], None] | None = None,
     progress: bool = True,
 ) -> TrainRecord:
@@ -132,14 +138,20 @@ def fine_tune(
     `order` (default: `batch_order`), `loss` (default: mean negative log-likelihood of the step's answer tokens),
     `adjust` and `after_step` are where other methods hook into the loop (methods.py).
     `checkpoint`: a file, written every `config.checkpoint_every` steps; if it is there already, the run goes on
-    from it to the same weights as an uninterrupted run.
+    from it to the same weights as an uninterrupted run. With `order` or `loss` it wants `method`, a text that names
+    them and their settings: it tells a run of one method from a run of another.
+    Weights in bfloat16 or float16 are trained through float32 masters (`master_weights`). Memory beside the model, in
+    bytes per trained number: 8 for AdamW and 4 for the gradient of a float32 weight; 8, 4 for the master and 4 for its
+    gradient, of a 16-bit weight. float16 loses gradients below 6e-8: prefer bfloat16.
+    Afterwards every parameter wants a gradient, or not, as before; gradients of what is trained are cleared, also
+    those that it had before.
     Raises ValueError for no pairs, empty answers, a range outside the model, nothing left to train, a checkpoint of
-    another run or together with `adjust` (whose state it would not hold), or a loss that is not finite (naming the
-    step).
+    another run, without `method` where it is wanted, or together with `adjust` (whose state it would not hold), and for
+    a loss or a gradient that is not finite (naming the step; the weights are those before that step).
     """
+    check_one_device(model)
     _check_config(config)
-    if checkpoint is not None and adjust is not None:
-        raise ValueError("checkpoint and adjust: a checkpoint does not hold what `adjust` remembers; give one of them")
+    _check_checkpoint(checkpoint, adjust, method, order, loss)
     examples = encode_examples(model, pairs, config)
     held_out_examples = encode_examples(model, held_out, config) if held_out else []
     names = trainable_names(
@@ -147,21 +159,20 @@ def fine_tune(
     )
     if not names:
         raise ValueError("nothing is left to train: loosen `frozen` or `trainable`")
-    hashes = parameter_hashes(model, (name for name, _ in model.named_parameters() if name not in set(names)))
-    parameters = dict(model.named_parameters())
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in set(names))
-    trained = [parameters[name] for name in names]
-    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-    before = mean_loss(model, held_out_examples, config) if held_out_examples else None
     batches = (order or batch_order)(examples, config)
     n_steps = len(batches) // config.accumulate
     if not n_steps:
         raise ValueError(f"{len(batches)} batches make no step of {config.accumulate}: lower `accumulate`")
-    run_id = _run_id(parameter_hashes(model, names) | hashes, names, examples, config)
-    steps = _resume(checkpoint, run_id, trained, optimizer)
+    hashes = parameter_hashes(model, (name for name, _ in model.named_parameters() if name not in set(names)))
+    run_id = _run_id(parameter_hashes(model, names) | hashes, names, examples, config, method)
+    before = mean_loss(model, held_out_examples, config) if held_out_examples else None
 
-    try:
+    with _only_trained(model, names) as trained:
+        masters = master_weights(trained)
+        moved = list(masters.values())
+        optimizer = torch.optim.AdamW(moved, lr=config.learning_rate, weight_decay=config.weight_decay)
+        steps = _resume(checkpoint, run_id, moved, optimizer)
+        _write_back(masters, trained)
         bar = tqdm(total=n_steps, initial=len(steps), desc="fine-tuning", unit="step", disable=not progress)
         with bar:
             for step in range(len(steps), n_steps):
@@ -177,33 +188,101 @@ def fine_tune(
                     else:
                         part = loss(batch) / len(step_batches)
                     part.backward()
+                    _collect_gradients(masters, trained)
                     loss_sum += part.item()
                     n_tokens += sum(len(examples[index].tokens) for index in batch)
-                if not torch.isfinite(torch.tensor(loss_sum)):
+                if not math.isfinite(loss_sum):
                     raise ValueError(f"the loss is not finite at step {step}: try a lower learning rate")
                 if adjust is not None:
-                    adjust(step, {name: parameters[name] for name in names})
-                norm = torch.nn.utils.clip_grad_norm_(trained, config.clip_norm)
+                    adjust(step, masters)
+                norm = float(torch.nn.utils.clip_grad_norm_(moved, config.clip_norm))
+                if not math.isfinite(norm):  # clipping has made nan of it: no weight may see that
+                    raise ValueError(f"the gradient is not finite at step {step}: try a lower learning rate")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                _write_back(masters, trained)
                 seen = sum(map(len, step_batches))
-                steps.append(StepRecord(step, loss_sum, rate, float(norm), seen))
+                steps.append(StepRecord(step, loss_sum, rate, norm, seen))
                 if after_step is not None:
                     after_step(steps[-1])
                 bar.update()
                 bar.set_postfix(loss=f"{loss_sum:.3f}", tokens_per_s=f"{n_tokens / (perf_counter() - started):.0f}")
                 if checkpoint is not None and (step + 1) % config.checkpoint_every == 0:
-                    _save_checkpoint(Path(checkpoint), run_id, trained, optimizer, steps)
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+                    _save_checkpoint(Path(checkpoint), run_id, moved, optimizer, steps)
+        extra_bytes = _extra_bytes(masters, trained, optimizer)
     check_unmoved(model, hashes)
     after = mean_loss(model, held_out_examples, config) if held_out_examples else None
-    n_trained = sum(parameter.numel() for parameter in trained)
-    n_frozen = sum(parameter.numel() for parameter in parameters.values()) - n_trained
+    n_trained = sum(parameter.numel() for parameter in trained.values())
+    n_frozen = sum(parameter.numel() for parameter in model.parameters()) - n_trained
     cut = sum(example.cut for example in examples)
-    return TrainRecord(steps, before, after, n_trained, n_frozen, cut, hashes)
+    return TrainRecord(steps, before, after, n_trained, n_frozen, cut, extra_bytes, hashes)
+
+
+@contextmanager
+def _only_trained(model: HookedTransformer, names: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """The named parameters; while inside, they alone want a gradient. Leaving gives every parameter its own flag back.
+
+    Their gradients are cleared on entering and on leaving: what a caller left there is no part of the first step.
+    """
+    parameters = dict(model.named_parameters())
+    own = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    trained = {name: parameters[name] for name in names}
+    try:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in trained)
+        for parameter in trained.values():
+            parameter.grad = None
+        yield trained
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(own[name])
+        for parameter in trained.values():
+            parameter.grad = None
+
+
+# --- master weights ---------------------------------------------------------------------------------------------------
+
+
+def master_weights(trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """What the optimizer moves, by name: the parameters themselves, or float32 copies of bfloat16 and float16 ones.
+
+    Neighbouring bfloat16 numbers near 0.1 are 5e-4 apart: a step of 1e-5 on the number itself is rounded away.
+    """
+
+    def master(parameter: nn.Parameter) -> nn.Parameter:
+        low_precision = torch.finfo(parameter.dtype).bits < 32
+        return nn.Parameter(parameter.detach().float()) if low_precision else parameter
+
+    return {name: master(parameter) for name, parameter in trained.items()}
+
+
+def _collect_gradients(masters: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter]) -> None:
+    """Add the gradients of low-precision parameters to their masters', in float32, and clear them."""
+    for name, parameter in trained.items():
+        master = masters[name]
+        if master is not parameter and parameter.grad is not None:
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad + gradient
+            parameter.grad = None
+
+
+def _write_back(masters: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter]) -> None:
+    """Round the masters to the model's number format."""
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            if masters[name] is not parameter:
+                parameter.copy_(masters[name])
+
+
+def _extra_bytes(
+    masters: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> int:
+    copies = [master for name, master in masters.items() if master is not trained[name]]
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in [*copies, *states])
+
+
+# --- examples and their loss ------------------------------------------------------------------------------------------
 
 
 def encode_examples(model: HookedTransformer, pairs: Sequence[Pair], config: TrainConfig) -> list[Example]:
@@ -247,8 +326,7 @@ def answer_log_probs(
         marks = pad_sequence([example.loss[opening_length:] for example in examples], True)
         resid = run_blocks(model, embed(model, tokens[:, :-1], opening_length), cache=opening.cache_for(len(examples)))
         wanted = marks[:, 1:].to(device)
-        final = model.ln_final(resid[wanted][None]) if model.cfg.normalization_type else resid[wanted][None]
-        logits = model.unembed(final)[0]
+        logits = unembed(model, resid[wanted][None])[0]
     log_probs = -cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")
     return log_probs.new_zeros(len(examples)).index_add(0, wanted.nonzero()[:, 0], log_probs)
 
@@ -297,9 +375,23 @@ def _check_config(config: TrainConfig) -> None:
             raise ValueError(f"{name} = {getattr(config, name)}: expected a number above 0")
 
 
-def _run_id(start: dict[str, str], names: list[str], examples: Sequence[Example], config: TrainConfig) -> str:
-    """What makes two runs the same run: settings, weights at the start, what is trained, every token of the data."""
-    digest = hashlib.sha256(repr((config, names, sorted(start.items()))).encode())
+def _check_checkpoint(
+    checkpoint: str | Path | None, adjust: Adjust | None, method: str | None, order: Order | None, loss: Loss | None
+) -> None:
+    if checkpoint is None:
+        return
+    if adjust is not None:
+        raise ValueError("checkpoint and adjust: a checkpoint does not hold what `adjust` remembers; give one of them")
+    if not method and (order is not None or loss is not None):
+        raise ValueError("checkpoint with `order` or `loss`: give `method`, a text that names them and their settings")
+
+
+def _run_id(
+    start: dict[str, str], names: list[str], examples: Sequence[Example], config: TrainConfig, method: str | None
+) -> str:
+    """What makes two runs the same run: method, settings, weights at the start, what is trained, every token of the
+    data."""
+    digest = hashlib.sha256(repr((method, config, names, sorted(start.items()))).encode())
     for example in examples:
         digest.update(example.tokens.numpy().tobytes() + example.loss.numpy().tobytes())
     return digest.hexdigest()

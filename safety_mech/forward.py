@@ -44,6 +44,12 @@ class Opening:
         ]
 
 
+def check_one_device(model: HookedTransformer) -> None:
+    """Raise ValueError for a model that is spread over several devices: activations are kept on one."""
+    if model.cfg.n_devices > 1:
+        raise ValueError(f"n_devices = {model.cfg.n_devices}: expected a model on one device; load it with n_devices=1")
+
+
 def embed(
     model: HookedTransformer,
     tokens: Int[Tensor, "prompt pos"],
@@ -54,6 +60,7 @@ def embed(
 
     `attention_mask`: only where rows of a merged cache are padded on the left (see `merge_caches`).
     """
+    check_one_device(model)
     resid = model.hook_embed(model.embed(tokens))
     kind = model.cfg.positional_embedding_type
     if kind == "standard":
@@ -81,12 +88,15 @@ def run_blocks(
     return resid
 
 
+def unembed(model: HookedTransformer, resid: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt pos vocab"]:
+    """Logits of the token after every position: final norm, unembedding, and the soft cap of a model that has one."""
+    final = model.ln_final(resid) if model.cfg.normalization_type is not None else resid
+    return apply_softcap(model.unembed(final), model.cfg.output_logits_soft_cap)
+
+
 def unembed_last(model: HookedTransformer, resid: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, "prompt vocab"]:
     """Logits of the token after the last position, and of no other position."""
-    last = resid[:, -1:]
-    if model.cfg.normalization_type is not None:
-        last = model.ln_final(last)
-    return apply_softcap(model.unembed(last), model.cfg.output_logits_soft_cap)[:, 0]
+    return unembed(model, resid[:, -1:])[:, 0]
 
 
 def empty_cache(model: HookedTransformer, batch: int) -> Cache:

@@ -158,7 +158,7 @@ def dpo(
         preferred, other = gained.chunk(2)
         return -logsigmoid(beta * (preferred - other)).mean()
 
-    return fine_tune(model, pairs, config, frozen, order=order, loss=loss, **options)
+    return fine_tune(model, pairs, config, frozen, order=order, loss=loss, method=f"DPO, beta {beta}", **options)
 
 
 # --- neurons, adapters ------------------------------------------------------------------------------------------------
@@ -189,15 +189,18 @@ def frozen_entries(masks: Masks) -> Method:
 def neuron_masks(
     model: HookedTransformer, scores: Float[Tensor, "layer d_mlp"], n_frozen: int
 ) -> dict[str, Float[Tensor, "d_model d_mlp"] | Float[Tensor, "d_mlp d_model"]]:
-    """Masks that freeze the `n_frozen` MLP neurons of the highest scores: their gate, up and down weights."""
+    """Masks that freeze the `n_frozen` MLP neurons of the highest scores: their gate, up and down weights.
+
+    A mask is on its weight's device.
+    """
     frozen = torch.zeros(scores.numel(), dtype=torch.bool)
-    frozen[scores.flatten().topk(n_frozen).indices] = True
+    frozen[scores.flatten().topk(n_frozen).indices.cpu()] = True
     masks = {}
     for layer, row in enumerate(frozen.view(scores.shape)):
         for name, along in (("W_gate", 1), ("W_in", 1), ("W_out", 0)):
-            shape = getattr(model.blocks[layer].mlp, name).shape
-            free = (~row).float()
-            masks[f"blocks.{layer}.mlp.{name}"] = (free if along else free[:, None]).expand(shape)
+            weight = getattr(model.blocks[layer].mlp, name)
+            free = (~row).float().to(weight.device)
+            masks[f"blocks.{layer}.mlp.{name}"] = (free if along else free[:, None]).expand(weight.shape)
     return masks
 
 
@@ -208,15 +211,18 @@ def neurons_of_equal_size(model: HookedTransformer, layers: LayerRange) -> int:
     return round(total / (3 * model.cfg.d_model))
 
 
-def lora_outside(layers: LayerRange, rank: int = 8, alpha: float = 16.0, seed: int = 0) -> Method:
-    """Low-rank updates of all layers but these; what was learnt is added to the weights at the end."""
+def lora_outside(layers: LayerRange, rank: int = 8, alpha: float = 16.0) -> Method:
+    """Low-rank updates of all layers but these; what was learnt is added to the weights at the end.
+
+    The run's seed (`TrainConfig.seed`) also draws where the updates start.
+    """
 
     def method(model: HookedTransformer, pairs: Sequence[Pair], config: TrainConfig, **options: Any) -> TrainRecord:
         def outside(name: str) -> bool:
             layer = layer_of(name)
             return is_adapter_parameter(name) and layer is not None and layer not in layers
 
-        with low_rank_adapters(model, None, rank, alpha, seed) as placed:
+        with low_rank_adapters(model, None, rank, alpha, config.seed) as placed:
             record = fine_tune(model, pairs, config, trainable=outside, **options)
         with torch.no_grad():
             for layer, projection, update in placed:

@@ -7,13 +7,14 @@ Nothing unsafe is executed: safetensors, GGUF or `weights_only` pickles; `trust_
 """
 
 import copy
+import hashlib
 import importlib.util
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -121,6 +122,57 @@ def find_source(name: str | Path, adapter: str | Path | None = None) -> Source:
     )
 
 
+def model_fingerprint(name: str | Path, adapter: str | Path | None = None) -> str:
+    """First 16 hex digits of a SHA-256 over what `load_model(name, adapter=adapter)` reads: names a model by content.
+
+    1. a local folder: every file of weights, config, tokenizer and chat template in it, by name and bytes; a `.gguf`
+       file: its bytes. The path does not count: a copy of a model is the same model;
+    2. a hub id: the id and the commit in the local cache, the bare id where nothing is cached (so ask after loading);
+    3. the adapter, given or built in: its config and weights.
+
+    Every byte is read, for sizes and dates stay the same when weights are edited in place or copied. That costs less
+    than loading, which reads the same bytes. A file that has kept size and date is not read again in this process.
+    Raises ValueError, as `load_model`, for a name or an adapter that leads nowhere.
+    """
+    source = find_source(name, adapter)
+    parts = _file_hashes(Path(source.folder), source.gguf_file) if source.local else [_cached_commit(source.folder)]
+    if source.adapter is not None:
+        parts += ["adapter", *_file_hashes(source.adapter, "adapter_*")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+_READ_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+"""Of the files that transformers and peft read from a folder."""
+
+
+def _file_hashes(folder: Path, pattern: str | None) -> list[str]:
+    """`name hash` of the model files of a folder; of one GGUF file the hash alone, for it may have any name."""
+    files = sorted(path for path in folder.glob(pattern or "*") if path.is_file() and path.suffix in _READ_SUFFIXES)
+    return [f"{'' if path.suffix == '.gguf' else path.name} {_hash_of(path)}" for path in files]
+
+
+def _hash_of(path: Path) -> str:
+    state = path.stat()
+    return _read_hash(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _read_hash(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _cached_commit(hub_id: str) -> str:
+    """`id@commit` of the snapshot in the local cache; the id alone where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json")
+    return f"{hub_id}@{Path(config).parent.name}" if isinstance(config, str) else hub_id
+
+
 def check_device(device: str | None) -> str:
     """The device to load to: the one given, or "cuda" where there is one, else "cpu"; ValueError if it is not there."""
     if device is None:
@@ -182,6 +234,19 @@ def _read_built_in(folder: str, gguf_file: str, dtype: torch.dtype) -> tuple[Pre
     return _read_files(Source(folder, gguf_file), dtype, trust_remote_code=False)
 
 
+_HARMLESS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".position_ids",
+    "lm_head.weight",
+)
+"""Endings of names that old checkpoints hold and that are no part of the model: rotation frequencies, causal masks,
+positions, a tied unembedding. transformers works them out anew."""
+
+
 def _read_files(
     source: Source, dtype: torch.dtype, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -197,6 +262,11 @@ def _read_files(
         model, report = loaded
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"{len(missing)} weights are missing from the files, among them {missing[0]}")
+        if extra := sorted(name for name in report["unexpected_keys"] if not name.endswith(_HARMLESS)):
+            raise ValueError(
+                f"{len(extra)} weights of the files have no place in the model of config.json, among them {extra[0]}: "
+                "expected the config that belongs to these weights"
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(_why_not_loaded(source, error)) from error
     # A GGUF is de-quantised while loading, but its config goes on saying that it is quantised.
@@ -219,12 +289,17 @@ def _why_not_loaded(source: Source, error: Exception) -> str:
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    from peft import PeftModel  # slow to import, and most runs need no adapter
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict  # slow, and most runs need no adapter
 
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(adapter), local_files_only=True).merge_and_unload()
+            adapted = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        # peft drops what it finds no place for, and tells only who loads the weights once more.
+        extra = set_peft_model_state_dict(adapted, load_peft_weights(str(adapter), device="cpu")).unexpected_keys
+        if extra:
+            raise ValueError(f"{len(extra)} of its weights have no place in the model, the first is {extra[0]}")
+        return adapted.merge_and_unload()
     except (OSError, ValueError, RuntimeError, KeyError, UserWarning) as error:
         raise ValueError(f"adapter {str(adapter)!r} does not fit this model: {str(error).splitlines()[0]}") from error
 
@@ -305,12 +380,15 @@ def _refuse_what_would_be_dropped(architecture: str, config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     kind, llama = rope.get("rope_type", "default"), architecture == "LlamaForCausalLM"
     plain = architecture in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+    gemma = architecture == "GemmaForCausalLM"
+    may_have_biases = llama or gemma or architecture in ("Qwen3ForCausalLM", "OlmoForCausalLM", "OlmoeForCausalLM")
     partial = rope.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None)) or 1.0
     dropped = {
-        f"rope_type {kind!r}": (plain or "Phi3" in architecture)
+        f"rope_type {kind!r}": (plain or gemma or "Phi3" in architecture)
         and kind not in ("default", "dynamic", *["llama3"] * llama),
-        "attention_bias": llama and getattr(config, "attention_bias", False),
+        "attention_bias": may_have_biases and getattr(config, "attention_bias", False),
         "mlp_bias": llama and getattr(config, "mlp_bias", False),
+        "hidden_act": gemma and config.hidden_act not in ("gelu", "gelu_pytorch_tanh"),
         "partial_rotary_factor": architecture == "Phi3ForCausalLM" and partial != 1.0,
         "use_sliding_window": architecture.startswith("Qwen") and getattr(config, "use_sliding_window", False),
     }

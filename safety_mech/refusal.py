@@ -18,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
-from transformer_lens.utilities.activation_functions import apply_softcap
 from transformers import PreTrainedTokenizerBase
 
 from safety_mech.chat import (
@@ -32,7 +31,7 @@ from safety_mech.chat import (
     resolve_template,
     tokenizer_of,
 )
-from safety_mech.forward import Opening, common_opening, embed, run_blocks, stack_rest
+from safety_mech.forward import Opening, common_opening, embed, run_blocks, stack_rest, unembed
 
 REFUSAL_OPENINGS = (
     "I'm sorry",
@@ -95,8 +94,7 @@ def chain_log_prob(
 
     Softmax in float64. -inf where the chain holds no leaf.
     """
-    final = model.ln_final(resid) if model.cfg.normalization_type is not None else resid
-    logits = apply_softcap(model.unembed(final), model.cfg.output_logits_soft_cap).double()
+    logits = unembed(model, resid).double()
     normaliser = logits.logsumexp(dim=-1)  # not subtracted from every logit: the vocabulary is large, the tree small
     reached = torch.zeros_like(normaliser[:, 0])
     parts = []

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from safety_mech.forward import Hooks
+from safety_mech.forward import Hooks, check_one_device
 from safety_mech.layers import LayerRange
 from safety_mech.projections import replaced, scale_of, set_scale
 
@@ -75,10 +75,12 @@ def scaled(
     `positions`: only these, counted from the END (-1 is the last), so that they mean the same with a shared opening.
     Leaving, also by an exception, leaves the model as it was, bit for bit. No tensor is edited in place.
     A recipe of `weights` throws its multiplied copies away on leaving: train adapters inside, not weights.
-    Raises ValueError for layers or heads outside the model, alpha <= 0 or not finite, an unknown recipe, or one that
-    names no hook point of this model.
+    Raises ValueError for layers or heads outside the model, alpha <= 0 or not finite, an unknown recipe, one that names
+    no hook point of this model or reaches into the MLP of a mixture of experts, or a model on several devices.
     """
+    check_one_device(model)
     chosen = find_recipe(recipe)
+    _check_no_experts(model, chosen)
     check_alpha(alpha)
     layers.check_inside(model.cfg.n_layers)
     if heads is not None:
@@ -126,6 +128,15 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
 def check_alpha(alpha: float) -> None:
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha = {alpha}: expected a finite number above 0 (1 changes nothing)")
+
+
+def _check_no_experts(model: HookedTransformer, recipe: Recipe) -> None:
+    """The experts' weights and hook points have other names, and a recipe would pass them by."""
+    if model.cfg.num_experts and any(name.startswith("mlp.") for name in (*recipe.hook_points, *recipe.weights)):
+        raise ValueError(
+            f"the model has {model.cfg.num_experts} experts a layer, which this recipe does not reach: "
+            "expected one of attn_out, mlp_out, or a Recipe without mlp.*"
+        )
 
 
 def _head_recipe(model: HookedTransformer, recipe: Recipe, heads: Sequence[int]) -> Recipe:

@@ -98,6 +98,26 @@ def test_the_weight_of_an_update_is_the_formula(fresh_tiny_model):
             torch.testing.assert_close(update.weight(), 12.0 / 3 * update.B @ update.A)
 
 
+@pytest.mark.parametrize("point", ["attn.hook_q", "mlp.hook_pre"])
+def test_an_interrupted_forward_pass_leaves_no_hook(fresh_tiny_model, point):
+    """Interrupted where a tap has begun to listen; a pass after it, inside, is right; after leaving nothing is left."""
+    model = fresh_tiny_model
+    tokens = some_tokens(model)
+
+    def interrupt(activation: Tensor, hook: Any) -> None:
+        raise KeyboardInterrupt
+
+    with low_rank_adapters(model) as placed:
+        randomise_updates(placed)
+        expected = model(tokens)
+        with pytest.raises(KeyboardInterrupt), model.hooks([(f"blocks.1.{point}", interrupt)]):
+            model(tokens)
+        assert torch.equal(model(tokens), expected)
+        with pytest.raises(KeyboardInterrupt), model.hooks([(f"blocks.1.{point}", interrupt)]):
+            model(tokens)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("rank", [0, -1])
 def test_a_rank_below_one_is_refused(fresh_tiny_model, rank):
     with pytest.raises(ValueError, match="expected at least 1"), low_rank_adapters(fresh_tiny_model, rank=rank):

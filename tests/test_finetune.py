@@ -36,7 +36,12 @@ PAIRS = [
     ("Name a fruit", "A pear"),
 ]
 QUICK = TrainConfig(epochs=2, batch_size=2, learning_rate=1e-2, warmup_steps=2)
-STYLES = {"rotary": {}, "gpt-2": GPT2_STYLE, "no final norm": {"normalization_type": None}}
+STYLES = {
+    "rotary": {},
+    "gpt-2": GPT2_STYLE,
+    "no final norm": {"normalization_type": None},
+    "soft cap": {"output_logits_soft_cap": 2.0},
+}
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -303,6 +308,29 @@ def test_afterwards_the_model_is_as_it_came(fresh_tiny_model):
     assert not any(point.fwd_hooks or point.bwd_hooks for point in fresh_tiny_model.hook_dict.values())
 
 
+def test_every_parameter_wants_a_gradient_as_before(fresh_tiny_model):
+    """After a run, and after one that fails."""
+    flags = {name: index % 3 == 0 for index, name in enumerate(state(fresh_tiny_model))}
+    for name, parameter in fresh_tiny_model.named_parameters():
+        parameter.requires_grad_(flags[name])
+    train(fresh_tiny_model, frozen=LayerRange(1, 2))
+    assert {name: parameter.requires_grad for name, parameter in fresh_tiny_model.named_parameters()} == flags
+    fresh_tiny_model.blocks[3].mlp.W_out.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        train(fresh_tiny_model)
+    assert {name: parameter.requires_grad for name, parameter in fresh_tiny_model.named_parameters()} == flags
+
+
+def test_gradients_that_were_there_are_no_part_of_the_first_step(make_tiny_model):
+    clean, stale = make_tiny_model(), make_tiny_model()
+    for parameter in stale.requires_grad_(True).parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+    train(clean)
+    train(stale)
+    assert not moved(stale, state(clean))
+    assert all(stale.get_parameter(name).grad is None for name in trainable_names(stale))
+
+
 def test_a_broken_freeze_is_noticed(fresh_tiny_model):
     """Control: whatever moves a frozen weight, such as a careless hook, the run ends with an error."""
 
@@ -369,6 +397,27 @@ def test_a_step_is_adamw_with_clipping(make_tiny_model):
         assert sure.any()
 
 
+def test_gradients_are_adjusted_before_they_are_clipped(make_tiny_model, monkeypatch):
+    """A gradient of 3 everywhere has the norm 3 sqrt(n), which the record holds, and 1 after clipping to 1."""
+    applied: list[float] = []
+    model = make_tiny_model()
+    step = torch.optim.AdamW.step
+
+    def look(optimizer: torch.optim.AdamW, *arguments: Any) -> Any:
+        parts = [p.grad.norm() ** 2 for p in model.parameters() if p.grad is not None]
+        applied.append(float(torch.stack(parts).sum().sqrt()))
+        return step(optimizer, *arguments)
+
+    def threes(at: int, parameters: Any) -> None:
+        for parameter in parameters.values():
+            parameter.grad.fill_(3.0)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    record = train(model, adjust=threes)
+    assert [s.grad_norm for s in record.steps] == pytest.approx([3 * record.n_trained**0.5] * len(record.steps))
+    assert applied == pytest.approx([QUICK.clip_norm] * len(record.steps), rel=1e-4)
+
+
 def test_two_batches_of_two_are_one_of_four(make_tiny_model, gradients):
     records = []
     for size, accumulate in ((4, 1), (2, 2), (1, 4)):
@@ -426,6 +475,84 @@ def test_products_in_bfloat16_leave_weights_in_float32(make_tiny_model):
     assert {parameter.dtype for parameter in models[1].parameters()} == {torch.float32}
     assert rounded.steps[0].loss == pytest.approx(exact.steps[0].loss, rel=0.02)
     assert rounded.steps[0].loss != exact.steps[0].loss
+
+
+# --- 16-bit weights --------------------------------------------------------------------------------------------------
+
+
+SMALL_STEPS = replace(QUICK, epochs=4, learning_rate=1e-5, checkpoint_every=5)  # 12 steps
+
+
+def in_format(dtype: torch.dtype) -> HookedTransformer:
+    """The same numbers in every format: those that bfloat16 and float16 both hold."""
+    model = build_tiny_model(n_layers=4).to(torch.bfloat16).to(torch.float16).to(dtype)
+    assert isinstance(model, HookedTransformer)
+    return model
+
+
+def train_and_keep(model: HookedTransformer, **options: Any) -> tuple[TrainRecord, dict[str, Tensor]]:
+    """Train, and give what the optimizer moved at the end."""
+    kept: dict[str, Any] = {}
+    record = train(model, config=SMALL_STEPS, adjust=lambda step, moved: kept.update(moved), **options)
+    return record, {name: parameter.detach() for name, parameter in kept.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_small_steps_of_16_bit_weights_add_up_in_float32(dtype):
+    """As in float32: every entry moves, by much the same; and the model has the masters, rounded."""
+    model, reference = in_format(dtype), in_format(torch.float32)
+    start = state(reference)
+    record, masters = train_and_keep(model)
+    expected, _ = train_and_keep(reference)
+    updates = torch.cat([(masters[name] - start[name]).flatten() for name in masters])
+    wanted = torch.cat([(reference.get_parameter(name) - start[name]).flatten() for name in masters])
+    assert {master.dtype for master in masters.values()} == {torch.float32}
+    for update in (updates, wanted):
+        assert (update != 0).float().mean() > 0.999  # a few steps cancel
+    assert torch.cosine_similarity(updates, wanted, dim=0) > 0.99
+    for name, master in masters.items():
+        assert torch.equal(model.get_parameter(name), master.to(dtype)), name
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert [s.loss for s in record.steps] == pytest.approx([s.loss for s in expected.steps], rel=0.02)
+
+
+def test_float32_weights_have_no_copies_and_memory_is_told(make_tiny_model):
+    record, moved_by = train_and_keep(model := make_tiny_model())
+    assert all(moved_by[name].data_ptr() == model.get_parameter(name).data_ptr() for name in moved_by)
+    scalars = 4 * len(moved_by)  # AdamW counts the steps of every parameter
+    assert record.extra_bytes == 8 * record.n_trained + scalars
+    assert train_and_keep(in_format(torch.bfloat16))[0].extra_bytes == 12 * record.n_trained + scalars
+
+
+def test_a_killed_run_of_16_bit_weights_goes_on_from_its_masters(tmp_path, monkeypatch):
+    whole, killed, resumed = (in_format(torch.bfloat16) for _ in range(3))
+    expected = train(whole, config=SMALL_STEPS)
+    clip = torch.nn.utils.clip_grad_norm_
+    calls: list[int] = []
+
+    def kill(*arguments: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return clip(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", kill)
+        with pytest.raises(KeyboardInterrupt):
+            train(killed, config=SMALL_STEPS, checkpoint=tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert {parameter.dtype for parameter in saved["parameters"]} == {torch.float32}
+    assert train(resumed, config=SMALL_STEPS, checkpoint=tmp_path / "run.pt") == expected
+    assert not moved(resumed, state(whole))
+
+
+def test_batches_add_up_in_float32(monkeypatch, gradients):
+    """The gradient of a step of two batches is that of the two, each rounded once and not their sum again."""
+    single = replace(QUICK, epochs=1, batch_size=1)
+    train(in_format(torch.bfloat16), PAIRS[:2], replace(single, accumulate=2))
+    assert {gradient.dtype for gradient in gradients[0]} == {torch.float32}
+    sixteen_bit = [gradient.to(torch.bfloat16).float() for gradient in gradients[0]]
+    assert not all(torch.equal(a, b) for a, b in zip(gradients[0], sixteen_bit, strict=True))
 
 
 def test_the_global_random_state_is_left_alone(fresh_tiny_model):
@@ -556,6 +683,21 @@ def test_a_checkpoint_of_another_run_is_refused(make_tiny_model, tmp_path, monke
         train(make_tiny_model(), pairs, config, checkpoint=tmp_path / "run.pt", **options)
 
 
+def test_a_checkpoint_with_another_loss_wants_the_methods_name(make_tiny_model, tmp_path, monkeypatch):
+    """`loss` and `order` are functions: a file cannot tell two of them apart."""
+    file = tmp_path / "run.pt"
+    unnamed: list[dict[str, Any]] = [{"order": finetune.batch_order}, {"loss": lambda batch: torch.zeros(())}]
+    for options in unnamed:
+        with pytest.raises(ValueError, match=r"checkpoint with `order` or `loss`: give `method`"):
+            train(make_tiny_model(), config=LONG, checkpoint=file, **options)
+    train_until(make_tiny_model(), 3, file, monkeypatch, order=finetune.batch_order, method="a")
+    others: list[dict[str, Any]] = [{"method": "b", "order": finetune.batch_order}, {}]
+    for options in others:
+        with pytest.raises(ValueError, match="other data or settings"):
+            train(make_tiny_model(), config=LONG, checkpoint=file, **options)
+    train(make_tiny_model(), config=LONG, checkpoint=file, order=finetune.batch_order, method="a")
+
+
 def test_a_checkpoint_of_another_model_is_refused(make_tiny_model, tmp_path, monkeypatch):
     train_until(make_tiny_model(seed=0), 3, tmp_path / "run.pt", monkeypatch)
     with pytest.raises(ValueError, match="checkpoint"):
@@ -655,6 +797,19 @@ def test_a_loss_that_is_not_finite_names_its_step(fresh_tiny_model):
     spoilt.blocks[3].mlp.W_out.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match="the loss is not finite at step 0"):
         train(spoilt)
+
+
+def test_a_gradient_that_is_not_finite_moves_no_weight(fresh_tiny_model):
+    """The loss may be finite where its gradient is not."""
+    before = state(fresh_tiny_model)
+    weight = fresh_tiny_model.blocks[0].mlp.W_in
+
+    def loss(batch: Sequence[int]) -> Tensor:
+        return (weight - weight.detach()).abs().sum().sqrt() + 1  # sqrt has the slope infinity at 0
+
+    with pytest.raises(ValueError, match="the gradient is not finite at step 0: try a lower learning rate"):
+        train(fresh_tiny_model, loss=loss)
+    assert not moved(fresh_tiny_model, before)
 
 
 def test_a_run_that_fails_leaves_no_gradients(fresh_tiny_model):

@@ -6,6 +6,15 @@ from conftest import GPT2_STYLE, build_tiny_model
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
+from safety_mech import (
+    LayerRange,
+    TrainConfig,
+    fine_tune,
+    generate,
+    last_token_residuals,
+    refusal_log_odds,
+    scaled,
+)
 from safety_mech.chat import ChatTokens, encode_chat, shared_opening
 from safety_mech.forward import (
     common_opening,
@@ -208,3 +217,27 @@ def test_shapes_are_checked(tiny_model):
         embed(tiny_model, torch.zeros(5, dtype=torch.long))
     with pytest.raises(TypeCheckError):
         run_opening(tiny_model, torch.zeros(1, 5, dtype=torch.long))
+
+
+def test_a_model_on_several_devices_is_refused_wherever_it_is_run(fresh_tiny_model):
+    """Without several devices at hand: the config says that there are two."""
+    model = fresh_tiny_model
+
+    def scaled_once() -> None:
+        with scaled(model, LayerRange(1, 2), 1.2):
+            pass
+
+    uses = {
+        "residuals": lambda: last_token_residuals(model, ["Why?"]),
+        "generate": lambda: generate(model, ["Why?"]),
+        "log-odds": lambda: refusal_log_odds(model, ["Why?"]),
+        "scaled": scaled_once,
+        "fine_tune": lambda: fine_tune(model, [("Why?", "No.")], TrainConfig(epochs=1), progress=False),
+    }
+    for use in uses.values():
+        use()
+    model.cfg.n_devices = 2
+    for use in uses.values():
+        with pytest.raises(ValueError, match="n_devices = 2: expected a model on one device") as caught:
+            use()
+        assert "\n" not in str(caught.value)

