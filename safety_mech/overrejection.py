@@ -13,7 +13,7 @@ Two measures:
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ from safety_mech.chat import (
     check_context,
     decode_answer,
     encode_chat,
+    end_tokens,
     equal_length_batches,
     shared_opening,
     tokenizer_of,
@@ -98,6 +99,7 @@ class ScaledRanges:
         chains = opening_chains(tokenizer_of(self.model), self.template, self.openings)
         longest = max(JUDGED_TOKENS, *(len(chain.tokens) for chain in chains))
         check_context(chats, self.model.cfg.n_ctx, longest)
+        self._ends = end_tokens(self.model, self.template)
         self._chats = chats
         self._log_odds = _Kept(self, chats, chains)
         self._text: _Kept | None = None
@@ -260,14 +262,11 @@ class _Kept:
             last = torch.cat([resid[:, -1:] for resid in state.batches])
             first = unembed_last(self.model, last).argmax(dim=-1).split([len(resid) for resid in state.batches])
             started = [([layer[index] for layer in entries], tokens) for index, tokens in enumerate(first)]
-            if layers is None:
-                found = continue_greedily(self.model, started, JUDGED_TOKENS, decided)
-            else:
-                with self.owner.changed(layers):
-                    found = continue_greedily(self.model, started, JUDGED_TOKENS, decided)
+            with self.owner.changed(layers) if layers else nullcontext():
+                found = continue_greedily(self.model, started, JUDGED_TOKENS, self.owner._ends, decided)
         texts = [""] * len(self.owner.prompts)
         for row, tokens in zip((row for batch in self.batches for row in batch.prompts), found, strict=True):
-            texts[row] = decode_answer(tokenizer_of(self.model), tokens)
+            texts[row] = decode_answer(tokenizer_of(self.model), tokens, self.owner._ends)
         return texts
 
 
