@@ -37,13 +37,11 @@ from safety_mech.chat import (
 )
 from safety_mech.forward import embed, stack_rest, unembed_last
 from safety_mech.generation import continue_greedily
-from safety_mech.judge import can_become_refusal, refuses
+from safety_mech.judge import JUDGED_TOKENS, cannot_refuse, refuses
 from safety_mech.layers import LayerRange
 from safety_mech.refusal import REFUSAL_OPENINGS, Chain, append_chain, chain_log_prob, log_odds, opening_chains
 from safety_mech.scaling import Recipe, check_alpha, find_recipe, scaled
 
-JUDGED_TOKENS = 10
-"""Refusal is decided by the first 4-8 generated tokens (paper A.3); 8 would leave "I'm sorry, but I'm not" open."""
 MEMORY_BUDGET = 2**30
 """Bytes of unscaled residual stream that are kept, at most; beyond it every second, third, ... layer is."""
 
@@ -121,8 +119,8 @@ class ScaledRanges:
         return torch.tensor([refuses(text) for text in self.answers(layers)])
 
     def answers(self, layers: LayerRange | None, *, whole: bool = False) -> list[str]:
-        """The first greedy tokens of every answer; an answer that cannot be a refusal any more is left where that
-        showed, unless `whole`."""
+        """The first JUDGED_TOKENS greedy tokens of every answer; one that can no longer become a refusal is left where
+        that showed, unless `whole`."""
         if self._text is None:
             self._text = _Kept(self, self._chats, [None])
         return self._text.answers(layers, whole)
@@ -255,7 +253,7 @@ class _Kept:
         return self.texts[layers]
 
     def _generate(self, layers: LayerRange | None, whole: bool) -> list[str]:
-        decided = None if whole else (lambda text: not can_become_refusal(text))
+        decided = None if whole else cannot_refuse
         with torch.no_grad():
             state, entries = self._run_range(layers)
             # All batches at once: each call reads the whole unembedding matrix.
