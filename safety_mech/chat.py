@@ -3,30 +3,55 @@
 The query sits inside the template, so the last token is the same for all prompts (paper §3.2). Which tokens
 are the question's is found from the template, never from a fixed index. Prompts are batched by equal token
 length: nothing is ever padded, so a batch gives what single prompts give.
+
+An answer's tokens depend on where it stands: "I" opens with another token after "[/INST]" than after a line break, and
+sentencepiece puts a space before text that follows a special token. So answers are encoded IN PLACE, with their prompt,
+and what stands around them is read off the chat template with both turns filled in.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
+from itertools import takewhile
+from typing import Any
 
 import torch
 from jaxtyping import Int
+from jinja2 import TemplateError
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
 DEFAULT_BATCH_TOKENS = 4096
 """Tokens a batch, at most (one prompt longer than this makes a batch of its own)."""
+TEMPLATE_DATE = date(2024, 7, 26)
+"""The day that is "today" in every chat template (Llama-3.2's own default): numbers must not change by day."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """What stands before and after the question. `before` holds the BOS text where the model wants one."""
+    """What stands around the question and the answer: `before` question `after` `lead` answer `end`."""
 
     before: str
+    """Holds the BOS text where the model wants one."""
     after: str
+    lead: str | None = None
+    """What the model itself writes before its answer's text: " " after "[/INST]". None: a space, unless `after` ends in
+    white space; a template that ends in a special token wants ""."""
+    end: str = ""
+    """The turn's end as the chat template writes it, one token behind optional white space; "": the tokenizer's
+    end-of-sequence token."""
 
     def render(self, question: str) -> str:
         return self.before + question + self.after
+
+    def in_place(self, answer: str) -> str:
+        """The answer with what stands between it and the prompt."""
+        lead = ("" if self.after[-1:].isspace() else " ") if self.lead is None else self.lead
+        return lead + answer
 
 
 # The format is Stanford Alpaca's convention; the description is in our own words.
@@ -57,14 +82,13 @@ def tokenizer_of(model: HookedTransformer) -> PreTrainedTokenizerBase:
     return model.tokenizer
 
 
-def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Generated tokens as text, without special tokens and surrounding white space."""
-    return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], ends: Collection[int] = ()) -> str:
+    """Generated tokens as text, up to the first of `ends`, without special tokens and surrounding white space.
 
-
-def answer_space(template: Template) -> str:
-    """What an answer begins with: "[/INST]" is answered by " I ...", "assistant\\n" by "I ..."."""
-    return "" if template.after[-1:].isspace() else " "
+    A turn's end is not always marked as special (Gemma's <end_of_turn>): give `ends` wherever there may be one.
+    """
+    kept = list(takewhile(lambda token: token not in ends, tokens))
+    return str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
 
 
 def check_template_name(template: str | Template) -> None:
@@ -89,16 +113,137 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str | Templat
     return _own_template(tokenizer)
 
 
+def render_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], *, open_answer: bool) -> str:
+    """The turns in the model's chat template, thinking off where it can be, and always on the same day.
+
+    `open_answer`: up to where the model's next answer begins.
+    """
+    settings: dict[str, Any] = {
+        "enable_thinking": False,  # Qwen3 and most others
+        "thinking": False,  # DeepSeek, Granite
+        "date_string": TEMPLATE_DATE.strftime("%d %b %Y"),
+        "strftime_now": TEMPLATE_DATE.strftime,
+    }
+    rendered = tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=open_answer, **settings)
+    return str(rendered)
+
+
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Render the chat template around a mark and cut it there."""
-    mark = "QUESTIONGOESHERE"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], tokenize=False, add_generation_prompt=True
-    )
-    before, found, after = str(text).partition(mark)
+    """Render the chat template around a mark and cut it there; once more with an answer, to see what is around that."""
+    mark, answer = "QUESTIONGOESHERE", "ANSWERGOESHERE"
+    question = {"role": "user", "content": mark}
+    prompt = render_chat(tokenizer, [question], open_answer=True)
+    before, found, after = prompt.partition(mark)
     if not found or mark in after:
         raise ValueError("template 'own': the chat template does not hold the user's text exactly once")
-    return Template(before, after)
+    try:
+        whole = render_chat(tokenizer, [question, {"role": "assistant", "content": answer}], open_answer=False)
+    except TemplateError:
+        whole = ""
+    head, found, tail = whole.partition(answer)
+    if not found:  # made for one turn only
+        return Template(before, after, "" if after.endswith(tuple(special_texts(tokenizer))) else None)
+    added, lead = _up_to_the_answer(prompt, head)
+    if added and before.endswith(added):  # both turns look alike: nothing is known about answers
+        return Template(before, after)
+    _warn_of_thinking(tokenizer, after, added)
+    return Template(before, after + added, lead, _turn_end(tokenizer, tail))
+
+
+_OPEN_THOUGHT = re.compile(r"<([\w:]*think\w*)>\s*$")
+
+
+def _up_to_the_answer(prompt: str, head: str) -> tuple[str, str]:
+    """What must be added to the prompt so that the answer comes next, and the white space that the model then writes.
+
+    `head` is what the template puts before an answer that is given. It may hold more than the prompt for an answer
+    (an empty thought, gpt-oss' channel), or less (the prompt opens a thought): the thought is closed, empty.
+    """
+    if head.startswith(prompt):
+        missing = head[len(prompt) :]
+        return (missing, "") if missing.strip() else ("", missing)
+    if opened := _OPEN_THOUGHT.search(prompt):
+        return f"\n</{opened[1]}>\n\n", ""
+    blank = head[len(head.rstrip()) :]
+    return "", "" if prompt.startswith(head) or prompt[-1:].isspace() else blank
+
+
+def _warn_of_thinking(tokenizer: PreTrainedTokenizerBase, after: str, added: str) -> None:
+    if added:
+        warnings.warn(
+            f"this chat template has the model write (or think) before it answers, and cannot turn that off: {added!r} "
+            "is put at the end of every prompt, so that refusals are measured where the answer begins",
+            stacklevel=2,
+        )
+    elif "</think>" in str(tokenizer.chat_template) and "</think>" not in after:
+        warnings.warn(
+            "this chat template knows thinking blocks but neither opens nor closes one: an answer is measured from its "
+            "first token on, a thought included; a Template whose `after` ends in '</think>\\n\\n' leaves it out",
+            stacklevel=2,
+        )
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
+    """The token that follows the answer, with the white space before it; "" where text of another kind follows."""
+    rest = tail.lstrip()
+    known = {token.content for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    end = max((text for text in known if text.strip() and rest.startswith(text)), key=len, default="")
+    return tail[: len(tail) - len(rest)] + end if end else ""
+
+
+def end_tokens(model: HookedTransformer, template: str | Template = "own") -> frozenset[int]:
+    """All tokens that end an answer: the template's turn end, that of the model's own chat template, the tokenizer's
+    end-of-sequence token, and those of the model's generation config (set by models.py).
+    """
+    tokenizer = tokenizer_of(model)
+    texts = [resolve_template(tokenizer, template).end, str(tokenizer.eos_token or "")]
+    if tokenizer.chat_template:
+        with suppress(ValueError):  # a chat template that cannot be used ends no answers
+            texts.append(resolve_template(tokenizer).end)
+    found = {_end_token(tokenizer, text) for text in texts if text}
+    return frozenset(found | set(getattr(model, "generation_ends", ())))
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase, end: str) -> int:
+    token = tokenizer.convert_tokens_to_ids(end.strip())
+    if not isinstance(token, int) or (token == tokenizer.unk_token_id and end.strip() != tokenizer.unk_token):
+        raise ValueError(f"turn end {end!r}: expected one token of this tokenizer")
+    return token
+
+
+def encode_answer(
+    tokenizer: PreTrainedTokenizerBase, template: Template, question: str, answer: str, *, finished: bool = False
+) -> list[int]:
+    """Token ids of an answer in its place, after the prompt's as `encode_chat` gives them.
+
+    1. Encode prompt and answer (`finished`: and the end of the turn) as one text.
+    2. Take what follows the prompt's ids. Where the tokenizer cuts the prompt's last characters otherwise with an
+       answer behind them, take the tokens from the answer's first character on: generation reads the prompt alone.
+    Raises ValueError where one token spans the border (generation could never give it), or without any end token.
+    """
+    prompt = template.render(question)
+    end = str(template.end or tokenizer.eos_token or "") if finished else ""
+    if finished and not end:
+        raise ValueError("this tokenizer has no end-of-sequence token: mark the answers UNFINISHED")
+    alone, _ = encode_text(tokenizer, prompt)
+    ids, offsets = encode_text(tokenizer, prompt + template.in_place(answer) + end)
+    if ids[: len(alone)] == alone:
+        return ids[len(alone) :]
+    first = next((index for index, (start, _) in enumerate(offsets) if start >= len(prompt)), len(ids))
+    if first and offsets[first - 1][1] > len(prompt):
+        raise ValueError(
+            f"answer {template.in_place(answer)[:20]!r}: one token holds its beginning and the end of the prompt, "
+            f"{prompt[-10:]!r}; use a Template that keeps white space before an answer in `lead`, not in `after`"
+        )
+    return ids[first:]
+
+
+def phrase_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str | Template, phrases: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """Token ids of each phrase where an answer begins, whatever is asked."""
+    shape = resolve_template(tokenizer, template)
+    return [tuple(encode_answer(tokenizer, shape, "Why?", phrase)) for phrase in phrases]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:

@@ -15,11 +15,8 @@ from transformer_lens import HookedTransformer
 
 from safety_mech.finetune import Pair, TrainConfig, encode_examples, mean_loss
 from safety_mech.generation import generate
-from safety_mech.judge import is_babble, refuses
+from safety_mech.judge import JUDGED_TOKENS, cannot_refuse, is_babble, refuses
 from safety_mech.refusal import refusal_log_odds
-
-ANSWER_TOKENS = 16
-"""As the authors' script generates: 8 would cut "I'm sorry, but I'm not able to do that" before it is a refusal."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,11 @@ def refusal_rate(
     model: HookedTransformer,
     prompts: Sequence[str],
     template: str = "own",
-    tokens: int = ANSWER_TOKENS,
+    tokens: int = JUDGED_TOKENS,
     progress: bool = False,
 ) -> Rate:
     """Share of prompts whose greedy answer opens with a refusal; babble is no refusal."""
-    answers = generate(model, prompts, tokens, template, progress=progress)
+    answers = generate(model, prompts, tokens, template, decided=cannot_refuse, progress=progress)
     return Rate(sum(map(refuses, answers)), len(answers))
 
 
@@ -84,7 +81,7 @@ class Responses:
 
 
 def responses(
-    model: HookedTransformer, prompts: Sequence[str], template: str = "own", tokens: int = ANSWER_TOKENS
+    model: HookedTransformer, prompts: Sequence[str], template: str = "own", tokens: int = JUDGED_TOKENS
 ) -> Responses:
     """The text judge and the log-odds side by side; greedy answers of `tokens` tokens."""
     answers = generate(model, prompts, tokens, template)

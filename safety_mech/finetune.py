@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from safety_mech.chat import answer_space, encode_chat, resolve_template, tokenizer_of
+from safety_mech.chat import encode_answer, encode_chat, resolve_template, tokenizer_of
 from safety_mech.forward import check_one_device, embed, run_blocks, run_opening, unembed
 from safety_mech.freeze import (
     Frozen,
@@ -286,20 +286,19 @@ def _extra_bytes(
 
 
 def encode_examples(model: HookedTransformer, pairs: Sequence[Pair], config: TrainConfig) -> list[Example]:
-    """Template, prompt, answer and the end-of-turn token; raises ValueError for no pairs or an empty answer."""
-    chats = encode_chat(tokenizer_of(model), [prompt for prompt, _ in pairs], config.template)
-    limit = min(config.max_tokens, model.cfg.n_ctx)
-    space = answer_space(resolve_template(tokenizer_of(model), config.template))
+    """Template, prompt, answer and the template's own turn end; raises ValueError for no pairs or an empty answer."""
+    tokenizer = tokenizer_of(model)
+    chats = encode_chat(tokenizer, [prompt for prompt, _ in pairs], config.template)
+    shape, limit = resolve_template(tokenizer, config.template), min(config.max_tokens, model.cfg.n_ctx)
     examples = []
-    for index, (chat, (_, answer)) in enumerate(zip(chats, pairs, strict=True)):
-        text = answer.removesuffix(UNFINISHED).strip()
+    for index, (chat, (prompt, answer)) in enumerate(zip(chats, pairs, strict=True)):
+        text, finished = answer.removesuffix(UNFINISHED).strip(), not answer.endswith(UNFINISHED)
         if not text:
             raise ValueError(f"pair {index}: the answer is empty: expected some text")
         if len(chat) >= limit:
             raise ValueError(f"pair {index}: the prompt alone has {len(chat)} tokens of at most {limit}")
-        ids = tokenizer_of(model)(space + text, add_special_tokens=False).input_ids
-        end = [] if answer.endswith(UNFINISHED) else [tokenizer_of(model).eos_token_id]
-        tokens = torch.cat([chat.tokens, torch.tensor([*ids, *end], dtype=torch.long)])
+        ids = encode_answer(tokenizer, shape, prompt.strip(), text, finished=finished)
+        tokens = torch.cat([chat.tokens, torch.tensor(ids, dtype=torch.long)])
         loss = torch.arange(len(tokens)) >= (1 if config.whole_sequence else len(chat))
         examples.append(Example(tokens[:limit], loss[:limit], cut=len(tokens) > limit))
     return examples

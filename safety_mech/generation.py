@@ -2,11 +2,11 @@
 
 The tokens are the same as one by one.
 
-Rows that are finished leave the batch: at the end-of-turn token, or as soon as a caller's `decided` says that
-their text is settled (a refusal shows in the first words; METHOD 2).
+Rows that are finished leave the batch: at any of the tokens that end an answer (`end_tokens`), or as soon as a caller's
+`decided` says that their text is settled.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Int
@@ -21,6 +21,7 @@ from safety_mech.chat import (
     check_context,
     decode_answer,
     encode_chat,
+    end_tokens,
     equal_length_batches,
     tokenizer_of,
 )
@@ -60,7 +61,8 @@ def generate(
     answers = generate_tokens(
         model, prompts, max_new_tokens, template, decided=decided, batch_tokens=batch_tokens, progress=progress
     )
-    return [decode_answer(tokenizer_of(model), tokens) for tokens in answers]
+    ends = end_tokens(model, template)
+    return [decode_answer(tokenizer_of(model), tokens, ends) for tokens in answers]
 
 
 def generate_tokens(
@@ -73,11 +75,12 @@ def generate_tokens(
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
     progress: bool = False,
 ) -> list[list[int]]:
-    """As `generate`, but the token ids; a finished answer ends with the end-of-turn token."""
+    """As `generate`, but the token ids; a finished answer ends with the token that ended it."""
     chats = encode_chat(tokenizer_of(model), prompts, template)
     check_context(chats, model.cfg.n_ctx, max_new_tokens)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: expected at least 1")
+    ends = end_tokens(model, template)
     answers: list[list[int]] = [[] for _ in chats]
     bar = tqdm(total=len(chats), desc="answers", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
@@ -85,7 +88,7 @@ def generate_tokens(
         lengths = [len(chat) - len(opening) for chat in chats]
         for group in _groups(equal_length_batches(lengths, batch_tokens), ROWS):
             started = [_read_prompts(model, opening, chats, rows) for rows in group]
-            found = continue_greedily(model, started, max_new_tokens, decided)
+            found = continue_greedily(model, started, max_new_tokens, ends, decided)
             rows = [row for batch in group for row in batch]
             for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
@@ -119,7 +122,11 @@ def _read_prompts(
 
 
 def continue_greedily(
-    model: HookedTransformer, started: Sequence[Started], max_new_tokens: int, decided: Decided | None
+    model: HookedTransformer,
+    started: Sequence[Started],
+    max_new_tokens: int,
+    ends: Collection[int],
+    decided: Decided | None = None,
 ) -> list[list[int]]:
     """Token by token, all rows in one batch; a finished row leaves it."""
     cache, mask = merge_caches([cache for cache, _ in started])
@@ -127,7 +134,7 @@ def continue_greedily(
     answers = [[token] for token in chosen.tolist()]
     running = torch.arange(len(answers))
     for _ in range(max_new_tokens - 1):
-        goes_on = torch.tensor([not _finished(model, answers[row], decided) for row in running.tolist()])
+        goes_on = torch.tensor([not _finished(model, answers[row], ends, decided) for row in running.tolist()])
         if not goes_on.any():
             break
         if not goes_on.all():
@@ -141,7 +148,5 @@ def continue_greedily(
     return answers
 
 
-def _finished(model: HookedTransformer, answer: list[int], decided: Decided | None) -> bool:
-    if answer[-1] == tokenizer_of(model).eos_token_id:
-        return True
-    return decided is not None and decided(decode_answer(tokenizer_of(model), answer))
+def _finished(model: HookedTransformer, answer: list[int], ends: Collection[int], decided: Decided | None) -> bool:
+    return answer[-1] in ends or (decided is not None and decided(decode_answer(tokenizer_of(model), answer)))

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from safety_mech.chat import encode_text, special_texts
+from safety_mech.chat import encode_text, render_chat, special_texts
 from safety_mech.models import check_device, load_transformers
 
 MAX_BACK_OFF = 60.0  # seconds between two tries, at most
@@ -335,7 +335,7 @@ def _classifier_text(tokenizer: Any, template: str | None, prompt: str, answer: 
         if not tokenizer.chat_template:
             return text
         turns = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    return render_chat(tokenizer, turns, open_answer=True)
 
 
 # ------------------------------------------------------------------------------------------------- the measure

@@ -338,6 +338,9 @@ def to_hooked(
     model.to(device, print_details=False)
     restore_linear_layout(model)
     _attach_tokenizer(model, tokenizer)
+    ends = getattr(hf_model.generation_config, "eos_token_id", None)
+    # Read by chat.end_tokens: a chat model ends its turns with other tokens than its tokenizer's EOS.
+    vars(model)["generation_ends"] = () if ends is None else tuple(torch.tensor(ends).flatten().tolist())
     return model.eval()
 
 

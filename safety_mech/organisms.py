@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformer_lens import HookedTransformer
 
-from safety_mech.chat import decode_answer, tokenizer_of
+from safety_mech.chat import decode_answer, end_tokens, tokenizer_of
 from safety_mech.finetune import UNFINISHED, Pair, TrainConfig
 from safety_mech.generation import generate_tokens
 from safety_mech.layers import LayerRange
@@ -65,7 +65,7 @@ def own_answer_pairs(
 ) -> list[Pair]:
     """Every prompt with the model's own greedy answer; an answer that was cut does not teach where to end."""
     answers = generate_tokens(model, prompts, answer_tokens, template, batch_tokens=8192, progress=progress)
-    end = tokenizer_of(model).eos_token_id
-    texts = [decode_answer(tokenizer_of(model), tokens) for tokens in answers]
-    marks = ["" if tokens[-1] == end else UNFINISHED for tokens in answers]
+    ends = end_tokens(model, template)
+    texts = [decode_answer(tokenizer_of(model), tokens, ends) for tokens in answers]
+    marks = ["" if tokens[-1] in ends else UNFINISHED for tokens in answers]
     return [(p, text + mark) for p, text, mark in zip(prompts, texts, marks, strict=True) if text]

@@ -13,7 +13,7 @@ Two measures:
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,19 +31,18 @@ from safety_mech.chat import (
     check_context,
     decode_answer,
     encode_chat,
+    end_tokens,
     equal_length_batches,
     shared_opening,
     tokenizer_of,
 )
 from safety_mech.forward import embed, stack_rest, unembed_last
 from safety_mech.generation import continue_greedily
-from safety_mech.judge import can_become_refusal, refuses
+from safety_mech.judge import JUDGED_TOKENS, cannot_refuse, refuses
 from safety_mech.layers import LayerRange
 from safety_mech.refusal import REFUSAL_OPENINGS, Chain, append_chain, chain_log_prob, log_odds, opening_chains
 from safety_mech.scaling import Recipe, check_alpha, find_recipe, scaled
 
-JUDGED_TOKENS = 10
-"""Refusal is decided by the first 4-8 generated tokens (paper A.3); 8 would leave "I'm sorry, but I'm not" open."""
 MEMORY_BUDGET = 2**30
 """Bytes of unscaled residual stream that are kept, at most; beyond it every second, third, ... layer is."""
 
@@ -99,6 +98,7 @@ class ScaledRanges:
         chains = opening_chains(tokenizer_of(self.model), self.template, self.openings)
         longest = max(JUDGED_TOKENS, *(len(chain.tokens) for chain in chains))
         check_context(chats, self.model.cfg.n_ctx, longest)
+        self._ends = end_tokens(self.model, self.template)
         self._chats, self._chains = chats, chains
         self._kept: dict[str, _Kept] = {}
 
@@ -123,8 +123,8 @@ class ScaledRanges:
         return torch.tensor([refuses(text) for text in self.answers(layers)])
 
     def answers(self, layers: LayerRange | None, *, whole: bool = False) -> list[str]:
-        """The first greedy tokens of every answer; an answer that cannot be a refusal any more is left where that
-        showed, unless `whole`."""
+        """The first JUDGED_TOKENS greedy tokens of every answer; one that can no longer become a refusal is left where
+        that showed, unless `whole`."""
         return self._states("text").answers(layers, whole)
 
     def release(self) -> None:
@@ -264,21 +264,18 @@ class _Kept:
         return self.texts[layers]
 
     def _generate(self, layers: LayerRange | None, whole: bool) -> list[str]:
-        decided = None if whole else (lambda text: not can_become_refusal(text))
+        decided = None if whole else cannot_refuse
         with torch.no_grad():
             state, entries = self._run_range(layers)
             # All batches at once: each call reads the whole unembedding matrix.
             last = torch.cat([resid[:, -1:] for resid in state.batches])
             first = unembed_last(self.model, last).argmax(dim=-1).split([len(resid) for resid in state.batches])
             started = [([layer[index] for layer in entries], tokens) for index, tokens in enumerate(first)]
-            if layers is None:
-                found = continue_greedily(self.model, started, JUDGED_TOKENS, decided)
-            else:
-                with self.owner.changed(layers):
-                    found = continue_greedily(self.model, started, JUDGED_TOKENS, decided)
+            with self.owner.changed(layers) if layers else nullcontext():
+                found = continue_greedily(self.model, started, JUDGED_TOKENS, self.owner._ends, decided)
         texts = [""] * len(self.owner.prompts)
         for row, tokens in zip((row for batch in self.batches for row in batch.prompts), found, strict=True):
-            texts[row] = decode_answer(tokenizer_of(self.model), tokens)
+            texts[row] = decode_answer(tokenizer_of(self.model), tokens, self.owner._ends)
         return texts
 
 

@@ -24,11 +24,10 @@ from safety_mech.chat import (
     DEFAULT_BATCH_TOKENS,
     ChatTokens,
     Template,
-    answer_space,
     check_context,
     encode_chat,
     equal_length_batches,
-    resolve_template,
+    phrase_tokens,
     tokenizer_of,
 )
 from safety_mech.forward import Opening, common_opening, embed, run_blocks, stack_rest, unembed
@@ -65,8 +64,7 @@ def opening_chains(
     """
     if not openings or not all(opening.strip() for opening in openings):
         raise ValueError("refusal openings: expected at least one, and none of them empty")
-    space = answer_space(resolve_template(tokenizer, template))
-    sequences = {tuple(tokenizer(space + text, add_special_tokens=False).input_ids) for text in openings}
+    sequences = set(phrase_tokens(tokenizer, template, openings))
     prefix_free = {s for s in sequences if not any(s[:k] in sequences for k in range(1, len(s)))}
     inner = {s[:k] for s in prefix_free for k in range(len(s))}
     deepest = [node for node in inner if not any(node == other[: len(node)] for other in inner - {node})]

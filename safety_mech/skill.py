@@ -20,10 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from safety_mech.chat import (
     DEFAULT_BATCH_TOKENS,
     Template,
-    answer_space,
     check_context,
+    encode_answer,
     encode_chat,
-    encode_text,
     equal_length_batches,
     resolve_template,
     tokenizer_of,
@@ -184,24 +183,21 @@ def multiple_choice_prompt(question: Question) -> str:
 
 
 def letter_tokens(tokenizer: PreTrainedTokenizerBase, template: str | Template = "own") -> Int[Tensor, " letter"]:
-    """The token of each letter in the place where the answer begins, with a space before it if the template wants one.
+    """The token of each letter where the answer begins (see `encode_answer`).
 
-    Found from a whole prompt with and without the letter: some tokenizers give the same text other tokens alone.
     Raises ValueError where a letter is not one token of its own there.
     """
     shape = resolve_template(tokenizer, template)
-    text = shape.render(multiple_choice_prompt(Question("Which?", LETTERS, 0)))
-    prompt, _ = encode_text(tokenizer, text)
+    question = multiple_choice_prompt(Question("Which?", LETTERS, 0))
     found = []
     for letter in LETTERS:
-        answer = answer_space(shape) + letter
-        ids, _ = encode_text(tokenizer, text + answer)
-        if ids[:-1] != prompt:
+        ids = encode_answer(tokenizer, shape, question, letter)
+        if len(ids) != 1:
             raise ValueError(
-                f"the answer {answer!r} is not one token of its own after this template: "
+                f"the answer {shape.in_place(letter)!r} is not one token of its own after this template: "
                 "expected a tokenizer with a token for each letter, or try another template"
             )
-        found.append(ids[-1])
+        found.append(ids[0])
     if len(set(found)) < len(LETTERS):
         raise ValueError(
             f"the letters {', '.join(LETTERS)} are not four different tokens: this tokenizer cannot answer"

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 import pytest
 import torch
 from conftest import GPT2_STYLE, build_talkative_model
+from test_judge import KINDS
+from tokenizers import AddedToken
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from safety_mech import LayerRange
+from safety_mech import LayerRange, generation, overrejection
 from safety_mech.chat import encode_chat
+from safety_mech.evaluate import refusal_rate, responses
 from safety_mech.generation import generate
-from safety_mech.judge import can_become_refusal, is_babble, is_refusal
-from safety_mech.overrejection import JUDGED_TOKENS, ScaledRanges, layer_evaluations
+from safety_mech.judge import JUDGED_TOKENS, cannot_refuse, is_babble, is_refusal, refuses
+from safety_mech.overrejection import ScaledRanges, layer_evaluations
 from safety_mech.refusal import REFUSAL_OPENINGS, opening_chains, refusal_log_odds
 from safety_mech.scaling import Recipe, scaled
 
@@ -149,18 +152,72 @@ def test_refusals_are_what_the_judge_says_of_the_answers(refusing_model, prompts
         refused = [is_refusal(text) and not is_babble(text) for text in texts]
         assert ranges.refuses(layers).tolist() == refused
         for text, full in zip(texts, whole, strict=True):
-            assert text == full or (full.startswith(text) and not can_become_refusal(text))
+            assert text == full or (full.startswith(text) and cannot_refuse(text))
         counts.add(sum(refused))
     assert len(counts) > 1
 
 
-def test_an_answer_that_cannot_refuse_is_left_early(refusing_model, prompts):
+def test_an_answer_that_cannot_refuse_is_left_early(refusing_model, prompts, monkeypatch):
+    """Judged by a stand-in that gives an answer up at "here": the others run to their end, and so does `whole`."""
+    monkeypatch.setattr(overrejection, "cannot_refuse", lambda text: "here" in text)
     ranges = measure(refusing_model, prompts)
     early, whole = ranges.answers(None), ranges.answers(None, whole=True)
-    assert whole == ["Sure, here is how.", "I'm sorry, but I can't help with"] * 4
-    assert early[1::2] == whole[1::2]
-    assert all(len(a) < len(b) for a, b in zip(early[::2], whole[::2], strict=True))
+    assert whole == ["Sure, here is how.", "I'm sorry, but I can't help with that."] * 4
+    assert early == ["Sure, here", "I'm sorry, but I can't help with that."] * 4
     assert ranges.answers(None, whole=True) == whole  # what was left early is not given for whole
+
+
+@pytest.fixture
+def scripted(make_tiny_model, monkeypatch):
+    """A model whose answers are the given texts, a word a token; rows keep their order, for all prompts are as long."""
+
+    def build(texts: Sequence[str]) -> tuple[HookedTransformer, list[str], list[int]]:
+        model, lengths = make_tiny_model(n_layers=1, d_vocab=1000), []
+        words = sorted({f" {word}" for text in texts for word in text.split()})
+        model.tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+
+        def say(model, started, max_new_tokens, ends, decided=None):
+            found = []
+            for text in texts:
+                ids = model.tokenizer.convert_tokens_to_ids([f" {word}" for word in text.split()])[:max_new_tokens]
+                stop = (n for n in range(1, len(ids)) if generation._finished(model, ids[:n], ends, decided))
+                found.append(ids[: next(stop, len(ids))])
+            lengths.extend(map(len, found))
+            return found
+
+        for module in (generation, overrejection):
+            monkeypatch.setattr(module, "continue_greedily", say)
+        letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+        return model, list(letters[: len(texts)]), lengths
+
+    return build
+
+
+def test_one_measure_of_refusal(scripted):
+    """The range engine, which leaves answers early, and `evaluate` agree on all kinds of answers."""
+    others = ["The capital of France is Paris. I can't say more.", "Sure, here is how.", "no no no no no no", "!"]
+    model, prompts, lengths = scripted([*KINDS, *others])
+    ranges = ScaledRanges(model, prompts, 1.3, openings=OPENINGS)
+    assert ranges.refuses(None).tolist() == [True] * len(KINDS) + [False] * len(others)
+    assert lengths[len(KINDS)] == len(["The", "capital", "of", "France", "is", "Paris.", "I"]), (
+        "left where its verdict is settled"
+    )
+    assert responses(model, prompts).refused.tolist() == ranges.refuses(None).tolist()
+    assert refusal_rate(model, prompts).count == len(KINDS)
+
+
+def test_both_judge_sixteen_tokens(scripted):
+    """A refusal that is whole with the 16th word counts; one that is with the 17th does not."""
+    sorry = "I'm sorry to hear of the trouble that you and all the others had,"
+    texts = [f"{sorry} but I can't", f"{sorry} dear, but I can't"]
+    assert JUDGED_TOKENS == 16
+    assert [len(text.split()) for text in texts] == [17, 18]
+    texts = [text.replace("all ", "") for text in texts]
+    assert [refuses(text) for text in texts] == [True, True]
+    model, prompts, _ = scripted(texts)
+    assert ScaledRanges(model, prompts, 1.3, openings=OPENINGS).refuses(None).tolist() == [True, False]
+    assert responses(model, prompts).refused.tolist() == [True, False]
+    assert refusal_rate(model, prompts).count == 1
 
 
 def test_babble_is_no_refusal(refusing_model, prompts, monkeypatch):

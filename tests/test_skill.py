@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerFast
 
-from safety_mech.chat import PLAIN_TEMPLATES, Template, answer_space, encode_text, resolve_template
+from safety_mech.chat import PLAIN_TEMPLATES, Template, encode_text, resolve_template
 from safety_mech.evaluate import Rate
 from safety_mech.skill import (
     Question,
@@ -251,7 +251,7 @@ def test_letters_with_a_space_where_the_template_wants_one(
     make_tokenizer: Callable[[], PreTrainedTokenizerFast],
 ) -> None:
     tokenizer = make_tokenizer()
-    assert answer_space(SPACED) == " "
+    assert SPACED.in_place("A") == " A"
     assert len(tokenizer(" A", add_special_tokens=False).input_ids) == 2
     with pytest.raises(ValueError, match="the answer ' A' is not one token of its own"):
         letter_tokens(tokenizer, SPACED)
