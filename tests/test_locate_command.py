@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safety_mech import GapDifference, LayerRange, load_pairs, models
 from safety_mech.command_line import run
+from safety_mech.divergence import SymmetricGap
 from safety_mech.prompts import prompt_hash
 
 N_LAYERS = 4
@@ -311,7 +312,8 @@ def test_the_command_line_does_what_main_does(
 
 def difference_of(gap: list[float]) -> GapDifference:
     values = torch.tensor(gap, dtype=torch.float64)
-    return GapDifference(values, values - 0.1, values + 0.1, torch.full_like(values, 0.001), 0.001, values[None])
+    parts = (values, values - 0.1, values + 0.1, torch.full_like(values, 0.001), 0.001, values[None], values[None])
+    return GapDifference(*parts, symmetric=SymmetricGap(*parts, permuted=values[None]))
 
 
 def test_the_search_starts_from_what_is_given_then_the_own_gap_then_the_difference(locate: ModuleType) -> None:

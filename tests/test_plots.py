@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from safety_mech import GapCurve, LayerRange, PairStats, plot_gap
+from safety_mech.divergence import GapStatistic, SymmetricGap
 from safety_mech.plots import STYLES, layer_axis, mark_range, new_figure, plot_dose
 
 N_LAYERS = 12
@@ -25,11 +26,24 @@ def stats_of(angle: float) -> PairStats:
 
 
 def curve_of(peak: float) -> GapCurve:
+    """A gap that rises to `peak`; the symmetric one rises to half of it."""
     gap = torch.linspace(0, peak, N_LAYERS, dtype=torch.float64)
-    p_values = torch.full_like(gap, 0.01)
-    samples = gap.repeat(5, 1)
-    nn, mm, nm = stats_of(10.0), stats_of(20.0), stats_of(10.0 + peak)
-    return GapCurve(nn, mm, nm, gap, gap - 0.5, gap + 0.5, p_values, 0.01, samples, samples, 0.95, 0)
+    paper, half = (
+        GapStatistic(line, line - 0.5, line + 0.5, torch.full_like(line, 0.01), 0.01, line.repeat(5, 1), line[None])
+        for line in (gap, gap / 2)
+    )
+    return GapCurve(
+        **vars(paper),
+        normal_normal=stats_of(10.0),
+        malicious_malicious=stats_of(20.0),
+        normal_malicious=stats_of(10.0 + peak),
+        symmetric=SymmetricGap(**vars(half), permuted=half.null),
+        level=0.95,
+        seed=0,
+        resampled="prompts",
+        n_resampled=(5, 5),
+        r=None,
+    )
 
 
 def curves_of(n: int) -> dict[str, GapCurve]:
