@@ -45,6 +45,7 @@ from safety_mech.agreement import resampled_counts
 Angles = Float[Tensor, "layer prompt prompt"]
 Statistic = Literal["paper", "symmetric"]
 """paper: NM - NN. symmetric: NM - (NN + MM) / 2."""
+STATISTICS: tuple[Statistic, ...] = ("paper", "symmetric")
 Unit = Literal["prompts", "topics"]
 
 
@@ -208,7 +209,7 @@ def gap_difference(after: GapCurve, before: GapCurve) -> GapDifference:
 
 def chosen(curve: GapCurve | GapDifference, statistic: Statistic) -> GapStatistic:
     """The paper's gap, or the symmetric one; raises ValueError for another name."""
-    if statistic not in ("paper", "symmetric"):
+    if statistic not in STATISTICS:
         raise ValueError(f"statistic {statistic!r}: expected paper or symmetric")
     return curve.symmetric if statistic == "symmetric" else curve
 

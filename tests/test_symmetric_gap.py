@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -217,7 +218,7 @@ def test_the_interval_covers_the_truth():
 
 
 def test_of_two_models_the_symmetric_difference_tells_place_from_spread():
-    settings = {"bootstrap": 200, "permutations": 200}
+    settings: dict[str, Any] = {"bootstrap": 200, "permutations": 200}
     before, wider, moved = (gap_curve(*two_sets(*change), **settings) for change in ((0, 1.0), (0, 1.5), (20, 1.0)))
     spread, place = gap_difference(wider, before), gap_difference(moved, before)
     torch.testing.assert_close(place.symmetric.gap, moved.symmetric.gap - before.symmetric.gap)
@@ -241,7 +242,7 @@ def test_a_model_less_itself_is_nothing():
 
 def test_with_sampled_pairs_value_interval_and_test_are_those_of_all_pairs():
     sets, others = random_sets(2, n=10, m=10), random_sets(3, n=10, m=10)
-    options = {"bootstrap": 50, "permutations": 50}
+    options: dict[str, Any] = {"bootstrap": 50, "permutations": 50}
     every = [gap_curve(*part, **options) for part in (sets, others)]
     sampled = [gap_curve(*part, r=9, **options) for part in (sets, others)]
     for one, part in zip(every, sampled, strict=True):

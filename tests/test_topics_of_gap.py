@@ -1,6 +1,7 @@
 """The gap's bootstrap over whole topics: against loops, for its coverage, and what it refuses."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_bootstrap_equals_drawing_topics_by_loops(paired):
 @pytest.mark.parametrize("paired", [False, True])
 def test_a_topic_for_each_prompt_is_the_bootstrap_over_prompts(paired):
     sets = random_sets(7, n=8, m=8)
-    options = {"paired": paired, "bootstrap": 50, "permutations": 20}
+    options: dict[str, Any] = {"paired": paired, "bootstrap": 50, "permutations": 20}
     prompts = gap_curve(*sets, **options)
     malicious = list("abcdefgh") if paired else list("ijklmnop")
     topics = gap_curve(*sets, normal_clusters=list("abcdefgh"), malicious_clusters=malicious, **options)
@@ -106,7 +107,7 @@ def test_the_interval_over_topics_covers_the_truth_and_that_over_prompts_does_no
     malicious[..., 0] += 1.6
     malicious[..., 1] += 1.2
     topics = [str(index // each) for index in range(n_topics * each)]
-    options = {"paired": paired, "bootstrap": 300, "permutations": 2}
+    options: dict[str, Any] = {"paired": paired, "bootstrap": 300, "permutations": 2}
     over_topics = gap_curve(normal, malicious, normal_clusters=topics, malicious_clusters=topics, **options)
     over_prompts = gap_curve(normal, malicious, **options)
     truth = float(over_topics.gap.mean())  # of 200 data sets: known to a fourteenth of one's standard error
@@ -140,7 +141,7 @@ def test_refused(normal, malicious, paired, message):
 
 
 def test_curves_over_topics_and_over_prompts_have_no_difference():
-    options = {"bootstrap": 20, "permutations": 20}
+    options: dict[str, Any] = {"bootstrap": 20, "permutations": 20}
     over_prompts = gap_curve(*SETS, **options)
     over_topics = gap_curve(*SETS, normal_clusters=THREE, malicious_clusters=THREE, **options)
     with pytest.raises(ValueError, match=r"over \(3, 3\) topics and \(6, 6\) prompts: expected the same"):
