@@ -21,9 +21,10 @@ import safety_mech as sm
 from safety_mech.attention import question_attention
 from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
+from safety_mech.divergence import Statistic, Unit
 from safety_mech.locate import LEAST_EFFECT, LEAST_REFUSED, check_search_alpha
 from safety_mech.locate_report import locate_report, scaling_examples
-from safety_mech.models import BASE_OF, check_device, find_source
+from safety_mech.models import BASE_OF, check_device, find_source, model_fingerprint
 from safety_mech.plots import plot_alpha, plot_attention, plot_twins
 from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.report import Example
@@ -88,8 +89,12 @@ class LocateConfig:
     device: str | None = None
     dtype: str = "float32"
     """float32, bfloat16 or float16."""
+    statistic: Statistic = "paper"
+    """Where the initial range is read: paper (gap N-M minus N-N) or symmetric (N-M minus the mean of N-N and M-M)."""
+    bootstrap_over: Unit = "prompts"
+    """What the gap's bootstrap draws: prompts, or whole topics, known for the shipped sets."""
     r: int | None = None
-    """Sample this many pairs of each kind, as the paper does (500); default: all pairs."""
+    """Cosines and angles from this many sampled pairs of each kind, as in the paper (500); default: all pairs."""
     bootstrap: int = 1000
     permutations: int = 1000
     seed: int = 0
@@ -97,6 +102,8 @@ class LocateConfig:
 
 
 Sets = dict[str, tuple[list[str], list[str]]]
+Topics = dict[str, tuple[list[str], list[str]]]
+"""Of every prompt of the sets, for the bootstrap; empty where it draws prompts."""
 
 
 @dataclass(frozen=True)
@@ -125,20 +132,21 @@ class Start:
 
 def main(config: LocateConfig) -> LocateResult:
     check_config(config)
-    sets = load_sets(config)
+    sets, topics = load_sets(config), load_topics(config)
     drawn_prompts = None if config.quick else draw(config.over_rejection, config.max_over_rejection, config.seed)
     over_rejection = drawn_prompts.prompts if drawn_prompts else []
     base_curves: dict[str, sm.GapCurve] = {}
     base_name = BASE_OF.get(config.model) if config.base == "auto" else config.base
     if base_name:
-        base_curves = measure_all(load(base_name, None, config), sets, config)
+        base_curves = measure_all(load(base_name, None, config), sets, topics, config)
     model = load(config.model, config.adapter, config)
-    curves = measure_all(model, sets, config)
-    initial = {name: sm.initial_range(curve) for name, curve in curves.items()}
-    samples = {name: sm.initial_range_samples(curve) for name, curve in curves.items()}
+    curves = measure_all(model, sets, topics, config)
+    by = config.statistic
+    initial = {name: sm.initial_range(curve, statistic=by) for name, curve in curves.items()}
+    samples = {name: sm.initial_range_samples(curve, statistic=by) for name, curve in curves.items()}
     print(gap_table(curves["prompts"], initial["prompts"]))
     for name, curve in curves.items():
-        print(f"{name}: {gap_sentence(curve, initial[name], samples[name])}")
+        print(f"{name}: {gap_sentence(curve, initial[name], samples[name], by)}")
     differences = {name: sm.gap_difference(curves[name], base_curves[name]) for name in base_curves}
     for name, difference in differences.items():
         print(f"{name}, larger than in {base_name} by at most {difference_sentence(difference)}")
@@ -157,6 +165,7 @@ def main(config: LocateConfig) -> LocateResult:
         "search": search_metrics(found) if found else None,
         "prompt_hashes": prompt_hashes,
         "drawn_ids": {"over_rejection": drawn_prompts.ids} if drawn_prompts else {},
+        "model_fingerprint": model_fingerprint(config.model, config.adapter),
         "device": str(model.cfg.device),
         "seed": config.seed,
     }
@@ -174,6 +183,7 @@ def main(config: LocateConfig) -> LocateResult:
         for name, curve in curves.items()
         for part in ("gap", "low", "high", "p_values", "samples")
     }
+    tensors |= {f"{name}.symmetric".replace(" ", "_"): curve.symmetric.gap for name, curve in curves.items()}
     if found and found.grid is not None:
         tensors["grid"] = found.grid
     shown = [*over_rejection[:SHOWN], *draw(config.malicious, SHOWN, config.seed).prompts]
@@ -186,6 +196,7 @@ def main(config: LocateConfig) -> LocateResult:
         samples=samples,
         differences=differences,
         start=str(start),
+        statistic=by,
         found=found,
         unit=measure_unit(config),
         figures=figures,
@@ -244,23 +255,56 @@ def load_sets(config: LocateConfig) -> Sets:
     return sets
 
 
+def load_topics(config: LocateConfig) -> Topics:
+    """Before a model is loaded: that the topics of all prompts are known, where the bootstrap draws topics."""
+    if config.bootstrap_over == "prompts":
+        return {}
+    known = {source: draw(source).clusters for source in (config.normal, config.malicious)}
+    for source, clusters in known.items():
+        if clusters is None:
+            raise ValueError(f"bootstrap over topics: those of {source!r} are not known; use a shipped set, or prompts")
+    pairs = [pair.category for pair in sm.load_pairs("test")]
+    return {
+        "prompts": (known[config.normal] or [], known[config.malicious] or []),
+        "matched pairs": (pairs, pairs),
+    }
+
+
 def load(name: str, adapter: str | None, config: LocateConfig) -> HookedTransformer:
     print(f"loading {name} ...", flush=True)
     return sm.load_model(name, config.device, config.dtype, adapter=adapter)
 
 
-def measure_all(model: HookedTransformer, sets: Sets, config: LocateConfig) -> dict[str, sm.GapCurve]:
-    return {name: measure(model, *sets[name], paired=name == "matched pairs", config=config) for name in sets}
+def measure_all(model: HookedTransformer, sets: Sets, topics: Topics, config: LocateConfig) -> dict[str, sm.GapCurve]:
+    return {
+        name: measure(model, *sets[name], *topics.get(name, (None, None)), name == "matched pairs", config)
+        for name in sets
+    }
 
 
 def measure(
-    model: HookedTransformer, normal: list[str], malicious: list[str], paired: bool, config: LocateConfig
+    model: HookedTransformer,
+    normal: list[str],
+    malicious: list[str],
+    normal_topics: list[str] | None,
+    malicious_topics: list[str] | None,
+    paired: bool,
+    config: LocateConfig,
 ) -> sm.GapCurve:
     residuals = [
         sm.last_token_residuals(model, prompts, config.template, progress=True) for prompts in (normal, malicious)
     ]
-    options: dict[str, Any] = {"bootstrap": config.bootstrap, "permutations": config.permutations}
-    return sm.gap_curve(residuals[0], residuals[1], paired=paired, r=config.r, seed=config.seed, **options)
+    return sm.gap_curve(
+        residuals[0],
+        residuals[1],
+        paired=paired,
+        normal_clusters=normal_topics,
+        malicious_clusters=malicious_topics,
+        r=config.r,
+        seed=config.seed,
+        bootstrap=config.bootstrap,
+        permutations=config.permutations,
+    )
 
 
 def starting_range(config: LocateConfig, own: sm.LayerRange | None, difference: sm.GapDifference | None) -> Start:
@@ -269,7 +313,7 @@ def starting_range(config: LocateConfig, own: sm.LayerRange | None, difference: 
         return Start(sm.LayerRange.parse(config.initial), "given")
     if own is not None:
         return Start(own, "the gap of the model's own curve")
-    layers = sm.initial_range(difference) if difference is not None else None
+    layers = sm.initial_range(difference, statistic=config.statistic) if difference is not None else None
     if layers is not None:
         return Start(layers, "the gap of the difference to the base (the model's own curve has none)")
     compared = "nor of its difference to the base" if difference is not None else "and no base to compare it with"
@@ -376,6 +420,9 @@ def curve_metrics(
         "high": curve.high,
         "p_values": curve.p_values,
         "p_any": curve.p_any,
+        "symmetric": symmetric_metrics(curve),
+        "sampled_gap": curve.sampled_gap if curve.r else None,
+        "bootstrap_over": {"unit": curve.resampled, "normal": curve.n_resampled[0], "malicious": curve.n_resampled[1]},
         "cosine_mean": {
             "normal_normal": curve.normal_normal.cosine_mean,
             "normal_malicious": curve.normal_malicious.cosine_mean,
@@ -386,9 +433,16 @@ def curve_metrics(
     }
 
 
+def symmetric_metrics(curve: sm.GapCurve | sm.GapDifference) -> dict[str, Any]:
+    names = ("gap", "low", "high", "p_values", "p_any", "spread_alone", "p_same_distribution")
+    found = {name: getattr(curve.symmetric, name) for name in names}
+    return found | {"initial_range": sm.initial_range(curve, statistic="symmetric")}
+
+
 def difference_metrics(difference: sm.GapDifference) -> dict[str, Any]:
     fields = ("gap", "low", "high", "p_values", "p_any")
-    return {name: getattr(difference, name) for name in fields} | {"initial_range": sm.initial_range(difference)}
+    found = {name: getattr(difference, name) for name in fields}
+    return found | {"initial_range": sm.initial_range(difference), "symmetric": symmetric_metrics(difference)}
 
 
 def search_metrics(found: sm.SafetyLayers) -> dict[str, Any]:

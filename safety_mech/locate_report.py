@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 
 from safety_mech import report
 from safety_mech.chat import Template
-from safety_mech.divergence import GapCurve, GapDifference
+from safety_mech.divergence import STATISTICS, GapCurve, GapDifference, Statistic, chosen
 from safety_mech.generation import generate
 from safety_mech.grid_html import grid_picture
 from safety_mech.layers import LayerRange
@@ -25,6 +25,7 @@ from safety_mech.scaling import Recipe, scaled
 from safety_mech.tables import (
     alpha_sentence,
     alpha_table,
+    bootstrap_text,
     difference_sentence,
     gap_sentence,
     gap_table,
@@ -57,6 +58,7 @@ def locate_report(
     samples: Samples,
     differences: Mapping[str, GapDifference],
     start: str,
+    statistic: Statistic,
     found: SafetyLayers | None,
     unit: str,
     figures: Mapping[str, Figure],
@@ -67,19 +69,23 @@ def locate_report(
 ) -> str:
     """`config`: a LocateConfig. By prompt set: curves, those of the base, initial ranges, their bootstrap samples.
 
-    `start`: where the search starts and why; `unit`: of the measure that is swept; `figures`: "gap" and, where there
-    are any, "sweeps" and "attention"; `sizes`: of the prompt sets, by name.
+    `start`: where the search starts and why; `statistic`: the one that ranges are read off; `unit`: of the measure
+    that is swept; `figures`: "gap" and, where there are any, "sweeps" and "attention"; `sizes`: of the prompt sets.
     """
     sections = [
-        Section("What was found", _findings(curves, initial, samples, start, found)),
+        Section("What was found", _findings(curves, initial, samples, start, statistic, found)),
         Section("How far malicious prompts part from normal ones", _curves(curves["prompts"], initial, figures["gap"])),
-        Section("Controls", _controls(config.model, base_name, curves, base_curves, initial, differences)),
+        Section("Controls", _controls(config.model, base_name, curves, base_curves, differences, statistic)),
         Section("What scaling a range does to refusals", _search(found, unit, figures)),
         Section("Answers before and while scaling", _examples(found, config.recipe, examples)),
         Section("Where the model looks, and which tokens move its refusal", _pictures(figures.get("attention"), views)),
         report.settings_section(config, prompt_hashes, sizes),
     ]
-    lead = search_sentence(found) if found else gap_sentence(curves["prompts"], initial["prompts"], samples["prompts"])
+    lead = (
+        search_sentence(found)
+        if found
+        else gap_sentence(curves["prompts"], initial["prompts"], samples["prompts"], statistic)
+    )
     return report.report_page(f"Safety layers of {config.model}", _sentence(lead), sections)
 
 
@@ -104,10 +110,16 @@ def _sentence(text: str) -> str:
 
 
 def _findings(
-    curves: Mapping[str, GapCurve], initial: Initial, samples: Samples, start: str, found: SafetyLayers | None
+    curves: Mapping[str, GapCurve],
+    initial: Initial,
+    samples: Samples,
+    start: str,
+    statistic: Statistic,
+    found: SafetyLayers | None,
 ) -> list[Markup]:
     sentences = [
-        _sentence(f"{name}: {gap_sentence(curve, initial[name], samples[name])}") for name, curve in curves.items()
+        _sentence(f"{name}: {gap_sentence(curve, initial[name], samples[name], statistic)}")
+        for name, curve in curves.items()
     ]
     sentences.append(_sentence(start))
     if found is not None and found.samples and found.baseline is not None:
@@ -123,12 +135,14 @@ def _findings(
 def _curves(curve: GapCurve, initial: Initial, drawn: Figure) -> list[Markup]:
     peak = int(curve.gap.argmax())
     alt = (
-        f"Two panels by layer: cosine similarities of prompt pairs, and the angle gap in degrees with its interval; "
+        "Three panels by layer: cosine similarities of prompt pairs, the angle gap and the symmetric gap in degrees; "
         f"the gap is largest, {float(curve.gap[peak]):.2f} degrees, at layer {peak} of {curve.n_layers}"
     )
     caption = (
-        "Left: how alike the last token's residual streams of two prompts are. Right: mean angle of normal-malicious "
-        "pairs minus that of normal-normal pairs; a band that stays above 0 is a gap beyond noise."
+        "Left: how alike the last token's residual streams of two prompts are. Middle: mean angle of normal-malicious "
+        "pairs minus that of normal-normal pairs; a band that stays above 0 is a gap beyond noise. Right: minus the "
+        "mean of both kinds of pairs within a set, which a wider set hardly moves; dotted, what spread alone makes of "
+        f"it. Intervals: {bootstrap_text(curve)}."
     )
     lines = gap_table(curve, initial["prompts"])
     return [report.figure(drawn, alt, caption, wide=True), report.folded("By layer", report.fixed_width(lines))]
@@ -139,19 +153,22 @@ def _controls(
     base_name: str | None,
     curves: Mapping[str, GapCurve],
     base_curves: Mapping[str, GapCurve],
-    initial: Initial,
     differences: Mapping[str, GapDifference],
+    statistic: Statistic,
 ) -> list[Markup]:
     rows = []
     for name, curve in curves.items():
-        rows.append([name, model, *_largest(curve, initial[name])])
+        rows += _largest(name, model, curve)
         if name in base_curves:
-            rows.append([name, f"{base_name} (base)", *_largest(base_curves[name], initial_range(base_curves[name]))])
-            rows.append([name, "model minus base", *_largest(differences[name], initial_range(differences[name]))])
-    head = ["prompts", "of", "largest gap", "interval", "layer", "p, all layers", "initial range"]
+            rows += _largest(name, f"{base_name} (base)", base_curves[name])
+            rows += _largest(name, "model minus base", differences[name])
+    head = ["prompts", "of", "statistic", "largest gap", "interval", "layer", "p, all layers", "initial range"]
     caption = (
         "Gaps in degrees. One that the base has too, or that matched pairs (same frame, one harmful and one harmless) "
-        "do not have, belongs to the prompts and not to alignment."
+        "do not have, belongs to the prompts and not to alignment. Paper: normal-malicious minus normal-normal, which "
+        "a wider or narrower set moves too. Symmetric: minus the mean of both within, for place alone; its p-value "
+        f"keeps each set's spread. The search uses the initial range of the {statistic} one. "
+        f"Intervals: {bootstrap_text(curves['prompts'])}; p-values are over prompts."
     )
     sentences = [
         _sentence(f"{name}, larger than in {base_name} by at most {difference_sentence(difference)}")
@@ -160,10 +177,16 @@ def _controls(
     return [report.table(head, rows, caption), *(report.text(sentence) for sentence in sentences)]
 
 
-def _largest(curve: GapCurve | GapDifference, layers: LayerRange | None) -> list[str]:
-    peak = int(curve.gap.argmax())
-    interval = interval_text(float(curve.low[peak]), float(curve.high[peak]))
-    return [f"{float(curve.gap[peak]):.2f}", interval, str(peak), f"{curve.p_any:.3f}", str(layers or "none")]
+def _largest(name: str, of: str, curve: GapCurve | GapDifference) -> list[list[str]]:
+    """A row for each of the two statistics."""
+    rows = []
+    for statistic in STATISTICS:
+        part, layers = chosen(curve, statistic), initial_range(curve, statistic=statistic)
+        peak = int(part.gap.argmax())
+        interval = interval_text(float(part.low[peak]), float(part.high[peak]))
+        values = [f"{float(part.gap[peak]):.2f}", interval, str(peak), f"{part.p_any:.3f}", str(layers or "none")]
+        rows.append([name, of, statistic, *values])
+    return rows
 
 
 def _search(found: SafetyLayers | None, unit: str, figures: Mapping[str, Figure]) -> list[Markup]:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safety_mech.divergence import GapCurve, GapDifference
+from safety_mech.divergence import GapCurve, GapDifference, GapStatistic, Statistic, chosen
 from safety_mech.layers import LayerRange
 
 
@@ -41,30 +41,40 @@ DIFFERENCE_RULE = OnsetRule(min_gap=0.0)
 that is no noise is alignment's."""
 
 
-def initial_range(curve: GapCurve | GapDifference, rule: OnsetRule | None = None) -> LayerRange | None:
+def initial_range(
+    curve: GapCurve | GapDifference, rule: OnsetRule | None = None, statistic: Statistic = "paper"
+) -> LayerRange | None:
     """The initial range of a gap curve, or None where there is no gap: that is a result, not an error.
 
-    `rule`: by default DEFAULT_RULE for a curve, DIFFERENCE_RULE for a difference.
+    `rule`: by default DEFAULT_RULE for a curve, DIFFERENCE_RULE for a difference. `statistic`: the paper's gap
+    or the symmetric one, each with the p-value of its own test. The thresholds are the same: the two statistics are
+    equal where the two sets are equally wide.
     """
-    rule = rule or rule_for(curve)
-    highest = curve.low.max()
-    if curve.p_any > rule.max_p or highest < rule.min_gap or highest <= 0:
-        return None
-    start = _onset(curve.gap, curve.low, rule)
-    return LayerRange(start, _flattening(curve.gap, start, rule))
+    return _range(chosen(curve, statistic), rule or rule_for(curve))
 
 
 def rule_for(curve: GapCurve | GapDifference) -> OnsetRule:
     return DEFAULT_RULE if isinstance(curve, GapCurve) else DIFFERENCE_RULE
 
 
-def initial_range_samples(curve: GapCurve | GapDifference, rule: OnsetRule | None = None) -> Counter[LayerRange | None]:
+def initial_range_samples(
+    curve: GapCurve | GapDifference, rule: OnsetRule | None = None, statistic: Statistic = "paper"
+) -> Counter[LayerRange | None]:
     """The initial range of every bootstrap curve, counted: how sure the range is.
 
     Each sample keeps the observed distance between gap and lower bound, and the observed p-value.
     """
-    below = curve.gap - curve.low
-    return Counter(initial_range(replace(curve, gap=sample, low=sample - below), rule) for sample in curve.samples)
+    part, rule = chosen(curve, statistic), rule or rule_for(curve)
+    below = part.gap - part.low
+    return Counter(_range(replace(part, gap=sample, low=sample - below), rule) for sample in part.samples)
+
+
+def _range(curve: GapStatistic, rule: OnsetRule) -> LayerRange | None:
+    highest = curve.low.max()
+    if curve.p_any > rule.max_p or highest < rule.min_gap or highest <= 0:
+        return None
+    start = _onset(curve.gap, curve.low, rule)
+    return LayerRange(start, _flattening(curve.gap, start, rule))
 
 
 def _onset(gap: Float[Tensor, " layer"], low: Float[Tensor, " layer"], rule: OnsetRule) -> int:

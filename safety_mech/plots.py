@@ -17,7 +17,7 @@ from torch import Tensor
 
 from safety_mech.alpha import MAX_DEGENERATE, AlphaChoice
 from safety_mech.attention import QuestionAttention, min_max
-from safety_mech.divergence import GapCurve, PairStats
+from safety_mech.divergence import GapCurve, GapStatistic, PairStats
 from safety_mech.layers import LayerRange
 from safety_mech.search import Sweep
 from safety_mech.words import KINDS, WordShares, mean_interval
@@ -67,23 +67,34 @@ def layer_axis(ax: Axes, n_layers: int) -> None:
 
 
 def plot_gap(curves: Mapping[str, GapCurve], ranges: Mapping[str, LayerRange | None], title: str = "") -> Figure:
-    """The paper's two panels (figure 2): cosines with spread, and the gap in degrees with its interval.
+    """The paper's two panels (figure 2): cosines with spread, and the gap in degrees with its interval; beside them the
+    symmetric statistic, on the same scale.
 
-    The first curve is the one whose cosines are drawn and whose range is marked; the gap panel has all of them.
+    The first curve is the one whose cosines are drawn and whose range is marked; the gap panels have all of them.
+    Thin dotted lines in the third: what the spreads alone make of the symmetric statistic.
     """
-    figure, (left, right) = new_figure(columns=2)
+    figure, (left, middle, right) = new_figure(columns=3, width=5.4)
+    right.sharey(middle)
     name, first = next(iter(curves.items()))
     _draw_cosines(left, first)
     left.set_title(f"cosine of two prompts: {name}", fontsize=10)
     for (label, curve), style in zip(curves.items(), cycle(STYLES), strict=False):
-        _draw_gap(right, curve, label, style)
-    for ax in (left, right):
+        _draw_gap(middle, curve, label, style)
+        _draw_gap(right, curve.symmetric, label, style)
+        spread = curve.symmetric.spread_alone.numpy()
+        right.plot(spread, color=style["color"], linewidth=0.9, linestyle=(0, (1, 2)), gid="spread alone")
+    right.plot([], [], color="black", linewidth=0.9, linestyle=(0, (1, 2)), label="spread alone (same colour)")
+    panels = (
+        (middle, "angle gap (degrees)", f"normal-malicious minus normal-normal, {first.level:.0%} interval"),
+        (right, "symmetric gap (degrees)", f"minus the mean of both within, {first.level:.0%} interval"),
+    )
+    for ax, label, heading in panels:
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_ylabel(label)
+        ax.set_title(heading, fontsize=10)
+    for ax in (left, middle, right):
         mark_range(ax, ranges.get(name))
         layer_axis(ax, first.n_layers)
-    right.axhline(0, color="black", linewidth=0.8)
-    right.set_ylabel("angle gap (degrees)")
-    right.set_title(f"normal-malicious minus normal-normal, {first.level:.0%} interval", fontsize=10)
-    for ax in (left, right):
         ax.legend(fontsize=8, frameon=False)
     if title:
         figure.suptitle(title, fontsize=11)
@@ -104,7 +115,7 @@ def _draw_cosines(ax: Axes, curve: GapCurve) -> None:
     ax.set_ylabel("cosine similarity at the last token")
 
 
-def _draw_gap(ax: Axes, curve: GapCurve, label: str, style: Mapping[str, Any]) -> None:
+def _draw_gap(ax: Axes, curve: GapStatistic, label: str, style: Mapping[str, Any]) -> None:
     layers = np.arange(curve.n_layers)
     ax.plot(layers, curve.gap.numpy(), label=label, markersize=3, linewidth=1.4, **style)
     ax.fill_between(layers, curve.low.numpy(), curve.high.numpy(), color=style["color"], alpha=0.18, linewidth=0)

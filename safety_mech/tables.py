@@ -3,7 +3,7 @@
 from collections import Counter
 
 from safety_mech.alpha import AlphaChoice
-from safety_mech.divergence import GapCurve, GapDifference
+from safety_mech.divergence import GapCurve, GapDifference, GapStatistic, Statistic, SymmetricGap
 from safety_mech.layers import LayerRange
 from safety_mech.locate import SafetyLayers
 from safety_mech.search import Sweep
@@ -11,48 +11,79 @@ from safety_mech.search import Sweep
 
 def gap_table(curve: GapCurve, initial: LayerRange | None) -> str:
     """One line a layer; layers of the initial range carry a bar."""
-    lines = [
-        f"{'layer':>5}  {'cos N-N':>8} {'cos N-M':>8} {'cos M-M':>8}  {'gap (deg)':>9}  "
-        f"{f'{curve.level:.0%} interval':>16}  {'p':>6}"
-    ]
+    bounds = f"{curve.level:.0%} interval"
+    symmetric = f"{'symmetric':>9}  {bounds:>16}  {'spread':>6}  {'p':>6}"
+    paper = f"{'gap (deg)':>9}  {bounds:>16}  {'p':>6}"
+    lines = [f"{'layer':>5}  {'cos N-N':>8} {'cos N-M':>8} {'cos M-M':>8}  {paper}  {symmetric}"]
     kinds = (curve.normal_normal, curve.normal_malicious, curve.malicious_malicious)
     for layer in range(curve.n_layers):
         cosines = " ".join(f"{float(kind.cosine_mean[layer]):8.4f}" for kind in kinds)
-        interval = interval_text(float(curve.low[layer]), float(curve.high[layer]))
+        paper, other = _cells(curve, layer), _cells(curve.symmetric, layer, float(curve.symmetric.spread_alone[layer]))
         mark = " |" if initial is not None and layer in initial else ""
-        gap, p_value = float(curve.gap[layer]), float(curve.p_values[layer])
-        lines.append(f"{layer:>5}  {cosines}  {gap:9.2f}  {interval:>16}  {p_value:6.3f}{mark}")
+        lines.append(f"{layer:>5}  {cosines}  {paper}  {other}{mark}")
     return "\n".join(lines)
+
+
+def _cells(part: GapStatistic, layer: int, spread: float | None = None) -> str:
+    interval = interval_text(float(part.low[layer]), float(part.high[layer]))
+    alone = "" if spread is None else f"{spread:6.2f}  "
+    return f"{float(part.gap[layer]):9.2f}  {interval:>16}  {alone}{float(part.p_values[layer]):6.3f}"
 
 
 def interval_text(low: float, high: float) -> str:
     return f"[{low:.2f}, {high:.2f}]"
 
 
-def gap_sentence(curve: GapCurve, initial: LayerRange | None, samples: Counter[LayerRange | None]) -> str:
-    """The largest gap, its interval and p-value, and the initial range with how sure it is."""
-    peak = int(curve.gap.argmax())
-    interval = interval_text(float(curve.low[peak]), float(curve.high[peak]))
-    gap = (
-        f"largest gap {float(curve.gap[peak]):.2f} degrees {interval} at layer {peak}, "
-        f"p over all layers {curve.p_any:.3f}"
-    )
+def gap_sentence(
+    curve: GapCurve,
+    initial: LayerRange | None,
+    samples: Counter[LayerRange | None],
+    statistic: Statistic = "paper",
+) -> str:
+    """The largest gap by both statistics, with interval and p-value, and the initial range with how sure it is.
+
+    `statistic`: the one that the initial range was read off.
+    """
+    gap = f"largest gap {_peak(curve)}; {symmetric_text(curve.symmetric)}; {bootstrap_text(curve)}"
+    if curve.r is not None:
+        peak = int(curve.gap.argmax())
+        sampled = f"{float(curve.sampled_gap[peak]):.2f} degrees"
+        gap += f"; of {curve.normal_normal.n_pairs} sampled pairs of each kind {sampled} at layer {peak}"
+    by = " (by the symmetric statistic)" if statistic == "symmetric" else ""
     if initial is None:
-        return f"{gap}; no initial range: no gap that the rule accepts"
+        return f"{gap}; no initial range{by}: no gap that the rule accepts"
     total = sum(samples.values())
     same, none = samples[initial] / total, samples[None] / total
-    return f"{gap}; initial range {initial} (the same in {same:.0%} of bootstrap curves, none in {none:.0%})"
+    return f"{gap}; initial range {initial}{by} (the same in {same:.0%} of bootstrap curves, none in {none:.0%})"
+
+
+def _peak(part: GapStatistic) -> str:
+    peak = int(part.gap.argmax())
+    interval = interval_text(float(part.low[peak]), float(part.high[peak]))
+    return f"{float(part.gap[peak]):.2f} degrees {interval} at layer {peak}, p over all layers {part.p_any:.3f}"
+
+
+def symmetric_text(part: SymmetricGap) -> str:
+    """Its largest value, and what the sets' spreads alone make of it there."""
+    spread = float(part.spread_alone[int(part.gap.argmax())])
+    return f"symmetric {_peak(part)} (spread alone: {spread:.2f})"
+
+
+def bootstrap_text(curve: GapCurve) -> str:
+    """What the interval is over: "bootstrap over 12 normal and 12 malicious topics"."""
+    normal, malicious = curve.n_resampled
+    return f"bootstrap over {normal} normal and {malicious} malicious {curve.resampled}"
 
 
 def difference_sentence(difference: GapDifference) -> str:
-    """Where the aligned model's gap is larger than its base's, and by how much at most."""
+    """Where the aligned model's gap is larger than its base's, and by how much at most; by both statistics."""
     peak = int(difference.gap.argmax())
     interval = interval_text(float(difference.low[peak]), float(difference.high[peak]))
     above = [layer for layer in range(len(difference.gap)) if float(difference.low[layer]) > 0]
     where = f"above 0 in layers {layers_text(above)}" if above else "above 0 in no layer"
     return (
         f"{float(difference.gap[peak]):.2f} degrees {interval} at layer {peak}, {where} "
-        f"(p over all layers {difference.p_any:.3f})"
+        f"(p over all layers {difference.p_any:.3f}); {symmetric_text(difference.symmetric)}"
     )
 
 

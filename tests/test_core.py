@@ -66,6 +66,19 @@ def test_the_core_is_the_narrowest_range_with_enough():
     assert found.best_single == (1, 0.5)
 
 
+@pytest.mark.parametrize("best", [0, 2, 3])
+def test_of_equally_narrow_ranges_the_core_is_that_with_the_greatest_share(best):
+    shares = torch.full((4, 4), torch.nan, dtype=torch.float64)
+    for layer, share in zip((0, 2, 3), (0.85, 0.9, 0.95), strict=True):
+        shares[layer, layer] = share
+    shares[best, best] = 0.99
+    shares[0, 3] = 1.2  # wider, with more
+    found = Transplants(shares, shares, 3.0)
+    assert found.core() == LayerRange(best, best)
+    assert found.core(0.99) == LayerRange(best, best), "the share itself is enough"
+    assert found.core(0.995) == LayerRange(0, 3)
+
+
 def test_a_model_that_was_not_aligned():
     with pytest.raises(ValueError, match=r"the margin is \+0.00 nats above the base's: expected a model"):
         transplant(built(), built(), LayerRange(1, 2), MALICIOUS, NORMAL, openings=OPENINGS)

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import pytest
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from safety_mech.divergence import (
     GapCurve,
-    _bootstrap_gaps,
+    _bootstrap_means,
     _p_values,
     _pairable_counts,
     _permuted_labels,
+    _prompt_numbers,
     angle_matrix,
     gap_curve,
     labelled_gaps,
@@ -49,6 +50,11 @@ def brute_gap(normal: list[tuple[int, Tensor]], malicious: list[tuple[int, Tenso
     nn = [angle(x, y) for (i, x), (j, y) in itertools.permutations(normal, 2) if i != j]
     nm = [angle(x, y) for (i, x), (j, y) in itertools.product(normal, malicious) if not (paired and i == j)]
     return sum(nm) / len(nm) - sum(nn) / len(nn)
+
+
+def bootstrap_gaps(angles: Tensor, n: int, paired: bool, samples: int, generator: torch.Generator) -> Tensor:
+    numbers = _prompt_numbers(n, angles.shape[1] - n, paired)
+    return _bootstrap_means(angles, numbers, n, paired, samples, generator).paper
 
 
 def fast_gap_curve(normal: Tensor, malicious: Tensor, **changes: Any) -> GapCurve:
@@ -161,8 +167,8 @@ def test_all_pairs_equal_a_double_loop(paired):
 def test_sampled_pairs_are_seeded():
     sets = random_sets(2, n=10, m=10)
     first, again = fast_gap_curve(*sets, r=9, seed=5), fast_gap_curve(*sets, r=9, seed=5)
-    assert torch.equal(first.gap, again.gap)
-    assert not torch.equal(first.gap, fast_gap_curve(*sets, r=9, seed=6).gap)
+    assert torch.equal(first.sampled_gap, again.sampled_gap)
+    assert not torch.equal(first.sampled_gap, fast_gap_curve(*sets, r=9, seed=6).sampled_gap)
     assert first.normal_normal.n_pairs == first.malicious_malicious.n_pairs == first.normal_malicious.n_pairs == 9
 
 
@@ -175,13 +181,13 @@ def test_sampled_pairs_are_drawn_without_repeats():
 
 def test_more_pairs_than_there_are_is_all_of_them():
     sets = random_sets(2)
-    torch.testing.assert_close(fast_gap_curve(*sets, r=10_000).gap, fast_gap_curve(*sets).gap)
+    torch.testing.assert_close(fast_gap_curve(*sets, r=10_000).sampled_gap, fast_gap_curve(*sets).gap)
 
 
 def test_sampled_pairs_are_unbiased_on_average():
     sets = random_sets(3, n=8, m=8, layers=2)
     sampled = torch.stack(
-        [fast_gap_curve(*sets, r=6, seed=seed, bootstrap=2, permutations=2).gap for seed in range(225)]
+        [fast_gap_curve(*sets, r=6, seed=seed, bootstrap=2, permutations=2).sampled_gap for seed in range(225)]
     )
     error = (sampled.mean(0) - fast_gap_curve(*sets).gap).abs()
     assert (error < 3 * sampled.std(0) / 15).all()
@@ -210,7 +216,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 def test_bootstrap_equals_resampling_by_loops(paired):
     n, m = (6, 6) if paired else (6, 5)
     normal, malicious = random_sets(4, n=n, m=m, layers=2)
-    found = _bootstrap_gaps(angle_matrix(torch.cat([normal, malicious])), n, paired, 20, seeded())
+    found = bootstrap_gaps(angle_matrix(torch.cat([normal, malicious])), n, paired, 20, seeded())
     generator = seeded()
     counts_n = _pairable_counts(20, n, generator).long()
     counts_m = counts_n if paired else _pairable_counts(20, m, generator).long()
@@ -224,7 +230,7 @@ def test_bootstrap_equals_resampling_by_loops(paired):
 def test_twins_are_resampled_together():
     normal, malicious = random_sets(4, n=6, m=6, layers=2)
     angles = angle_matrix(torch.cat([normal, malicious]))
-    together, apart = (_bootstrap_gaps(angles, 6, paired, 20, seeded()) for paired in (True, False))
+    together, apart = (bootstrap_gaps(angles, 6, paired, 20, seeded()) for paired in (True, False))
     assert not torch.allclose(together, apart)
 
 
@@ -384,7 +390,7 @@ def as_lists(curve: GapCurve) -> list:
     parts = []
     for field in fields(curve):
         value = getattr(curve, field.name)
-        inner = [getattr(value, name.name) for name in fields(value)] if hasattr(value, "n_pairs") else [value]
+        inner = [getattr(value, name.name) for name in fields(value)] if is_dataclass(value) else [value]
         parts += [part.tolist() if isinstance(part, Tensor) else part for part in inner]
     return parts
 

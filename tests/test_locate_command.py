@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from html import unescape
 from pathlib import Path
 from types import ModuleType
 
@@ -15,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from safety_mech import GapDifference, LayerRange, load_pairs, models
+from safety_mech import GapDifference, LayerRange, initial_range, load_pairs, models
 from safety_mech.command_line import run
+from safety_mech.divergence import SymmetricGap
 from safety_mech.prompts import prompt_hash
 
 N_LAYERS = 4
@@ -95,6 +97,10 @@ BAD = {
     "bootstrap too small": (["--bootstrap", "99"], ["expected at least 100"]),
     "permutations too few": (["--permutations", "0"], ["expected at least 100"]),
     "one sampled pair": (["--r", "1"], ["r = 1", "at least 2"]),
+    "topics of a file": (
+        ["--bootstrap-over", "topics", "--normal", "FILES/normal.txt"],
+        ["topics", "normal.txt", "not known", "shipped set"],
+    ),
     "unwritable out": (["--out", "FILES/a_file/runs"], ["a_file/runs", "cannot be made"]),
     "out is a file": (["--out", "FILES/a_file"], ["a_file", "cannot be made"]),
     "bad template": (["--template", "chatml"], ["'chatml'", "own, alpaca, alpaca_short"]),
@@ -311,7 +317,8 @@ def test_the_command_line_does_what_main_does(
 
 def difference_of(gap: list[float]) -> GapDifference:
     values = torch.tensor(gap, dtype=torch.float64)
-    return GapDifference(values, values - 0.1, values + 0.1, torch.full_like(values, 0.001), 0.001, values[None])
+    parts = (values, values - 0.1, values + 0.1, torch.full_like(values, 0.001), 0.001, values[None], values[None])
+    return GapDifference(*parts, symmetric=SymmetricGap(*parts, permuted=values[None]))
 
 
 def test_the_search_starts_from_what_is_given_then_the_own_gap_then_the_difference(locate: ModuleType) -> None:
@@ -322,6 +329,40 @@ def test_the_search_starts_from_what_is_given_then_the_own_gap_then_the_differen
     from_difference = locate.starting_range(locate.LocateConfig(), None, opened)
     assert from_difference.range == LayerRange(2, 2)
     assert "difference to the base" in from_difference.source
+
+
+def test_the_statistic_says_which_difference_the_search_starts_from(locate: ModuleType) -> None:
+    """The paper's gap opens in layer 2, the symmetric one in layer 3."""
+    paper, other = difference_of([0.0, 0.0, 0.4, 0.4]), difference_of([0.0, 0.0, 0.0, 0.4])
+    both = replace(paper, symmetric=other.symmetric)
+    assert locate.starting_range(locate.LocateConfig(), None, both).range == LayerRange(2, 2)
+    assert locate.starting_range(locate.LocateConfig(statistic="symmetric"), None, both).range == LayerRange(3, 3)
+
+
+def test_a_quick_run_over_topics_says_so_and_holds_both_statistics(
+    locate: ModuleType, config_for: Callable[..., object], llama_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = {"normal": "normal:test", "malicious": "malicious:test", "pairs": True, "base": str(llama_folder)}
+    config = config_for(**sets, quick=True, bootstrap_over="topics", statistic="symmetric", r=50)
+    result = locate.main(config)
+    said = capsys.readouterr().out
+    assert "bootstrap over 12 normal and 12 malicious topics" in said
+    assert "bootstrap over 10 normal and 10 malicious topics" in said, "of the matched pairs"
+    metrics = read(result.folder / "metrics.json")
+    for name, curve in result.curves.items():
+        written = metrics["curves"][name]
+        assert written["bootstrap_over"]["unit"] == "topics"
+        assert written["symmetric"]["gap"] == curve.symmetric.gap.tolist()
+        assert written["symmetric"]["p_any"] == curve.symmetric.p_any
+        assert written["symmetric"]["spread_alone"] == curve.symmetric.spread_alone.tolist()
+        assert written["sampled_gap"] == curve.sampled_gap.tolist()
+        peak = float(curve.symmetric.gap.max())
+        assert f"symmetric {peak:.2f} degrees" in said
+        assert result.initial[name] == initial_range(curve, statistic="symmetric")
+    assert metrics["differences"]["prompts"]["symmetric"]["gap"] == [0.0] * N_LAYERS
+    page = unescape((result.folder / "report.html").read_text("utf-8"))
+    assert "bootstrap over 12 normal and 12 malicious topics" in page
+    assert "of the symmetric one" in page
 
 
 def test_nothing_to_start_from_is_said(locate: ModuleType) -> None:

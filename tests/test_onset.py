@@ -6,31 +6,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from safety_mech.divergence import GapCurve, PairStats, gap_curve
+from safety_mech.divergence import GapCurve, GapStatistic, PairStats, SymmetricGap, gap_curve
 from safety_mech.layers import LayerRange
-from safety_mech.onset import DEFAULT_RULE, OnsetRule, initial_range, initial_range_samples
+from safety_mech.onset import DEFAULT_RULE, OnsetRule, _flattening, initial_range, initial_range_samples
+
+
+def statistic_of(gap: Tensor, below: float, p_any: float, samples: Tensor) -> GapStatistic:
+    return GapStatistic(gap, gap - below, gap + below, torch.full_like(gap, p_any), p_any, samples, gap[None])
 
 
 def curve_of(
-    shape: Tensor | list[float], below: float = 0.5, p_any: float = 0.001, samples: Tensor | None = None
+    shape: Tensor | list[float],
+    below: float = 0.5,
+    p_any: float = 0.001,
+    samples: Tensor | None = None,
+    symmetric: list[float] | None = None,
 ) -> GapCurve:
-    """A GapCurve of this gap, with a lower bound `below` under it."""
+    """A GapCurve of this gap, with a lower bound `below` under it; `symmetric`: of another symmetric statistic."""
     gap = torch.as_tensor(shape, dtype=torch.float64)
     zeros = torch.zeros_like(gap)
     stats = PairStats(zeros, zeros, zeros, zeros, n_pairs=9)
+    paper = statistic_of(gap, below, p_any, gap[None] if samples is None else samples)
+    other = gap if symmetric is None else torch.as_tensor(symmetric, dtype=torch.float64)
     return GapCurve(
+        **vars(paper),
         normal_normal=stats,
         malicious_malicious=stats,
         normal_malicious=stats,
-        gap=gap,
-        low=gap - below,
-        high=gap + below,
-        p_values=torch.full_like(gap, p_any),
-        p_any=p_any,
-        samples=gap[None] if samples is None else samples,
-        null=gap[None],
+        symmetric=SymmetricGap(**vars(statistic_of(other, below, p_any, other[None])), permuted=other[None]),
         level=0.95,
         seed=0,
+        resampled="prompts",
+        n_resampled=(9, 9),
+        r=None,
     )
 
 
@@ -174,6 +182,55 @@ def test_onset_looks_at_the_lower_bound():
 def test_defaults_are_the_rule_that_is_used():
     assert OnsetRule() == DEFAULT_RULE
     assert initial_range(curve_of(RAMP), OnsetRule()) == initial_range(curve_of(RAMP))
+
+
+@pytest.mark.parametrize(
+    ("gap", "start", "end"),
+    [
+        ([0, 4, 5, 6, 7, 8], 1, 1),  # slope 4 / 1: a quarter of it is 1 a layer, and no gap lies ABOVE that line
+        ([0, 4, 5.1, 6.2, 7.3, 8.4], 1, 5),  # slopes 4, 2.55, 2.07, 1.825: 1.1 is above a quarter of each
+        ([0, 4, 8, 9, 10, 11], 1, 2),  # slope at layer 2: 8 / 2, over the layers from 1 to 2
+        ([0, 4, 8, 9.1, 10.2, 11.3], 1, 5),
+        ([4, 5, 6, 7], 0, 0),  # before layer 0 the gap is 0
+        ([3, 7, 8, 9, 10], 1, 1),  # slope (7 - 3) / 1: from just before the onset
+        ([3, 7, 8.1, 9.2, 10.3], 1, 4),
+        ([0, 4, 4, 4, 12, 12, 12], 1, 1),  # two layers ahead are flat; the third is not looked at
+        ([0, 4, 4, 12, 12, 12], 1, 3),  # the second is
+        ([0, 4, 8, 12, 16], 1, 4),  # never flat: to the last layer
+    ],
+)
+def test_flattening_by_hand(gap, start, end):
+    assert _flattening(torch.tensor(gap, dtype=torch.float64), start, DEFAULT_RULE) == end
+
+
+def test_the_statistic_chooses_the_curve_that_is_read():
+    curve = curve_of(FLAT, symmetric=RAMP)
+    assert initial_range(curve) is None
+    assert initial_range(curve, statistic="symmetric") == LayerRange(5, 9)
+    assert initial_range_samples(curve) == Counter({None: 1})
+    assert initial_range_samples(curve, statistic="symmetric") == Counter({LayerRange(5, 9): 1})
+    assert initial_range(curve_of(RAMP, symmetric=FLAT), statistic="symmetric") is None
+    strict = OnsetRule(min_gap=50.0)
+    assert initial_range(curve, strict, "symmetric") is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_wider_set_has_an_initial_range_by_the_paper_and_none_by_the_symmetric_statistic(seed):
+    """All layers of one place; from layer 4 on M scatters 1.5 times as wide."""
+    normal, malicious = (part * 1.0 for part in planted(seed, [0.0] * 10))
+    centre = torch.zeros(24)
+    centre[0] = 3.0
+    malicious[:, 4:] = centre + 3.0 * (malicious[:, 4:] - centre)
+    normal[:, 4:] = centre + 2.0 * (normal[:, 4:] - centre)
+    curve = gap_curve(normal, malicious, bootstrap=200, permutations=199)
+    assert initial_range(curve) is not None
+    assert initial_range(curve, statistic="symmetric") is None
+    turned = gap_curve(
+        *planted(seed, [0.0] * 4 + [15.0, 30.0, 45.0, 60.0] + [60.0] * 4), bootstrap=200, permutations=199
+    )
+    found = initial_range(turned, statistic="symmetric")
+    assert found is not None, "control: another place is found by both"
+    assert abs(found.start - 4) <= 1
 
 
 # --- samples -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from safety_mech import GapCurve, LayerRange, PairStats, plot_gap
+from safety_mech.divergence import GapStatistic, SymmetricGap
 from safety_mech.plots import STYLES, layer_axis, mark_range, new_figure, plot_dose
 
 N_LAYERS = 12
@@ -25,11 +26,24 @@ def stats_of(angle: float) -> PairStats:
 
 
 def curve_of(peak: float) -> GapCurve:
+    """A gap that rises to `peak`; the symmetric one rises to twice of it."""
     gap = torch.linspace(0, peak, N_LAYERS, dtype=torch.float64)
-    p_values = torch.full_like(gap, 0.01)
-    samples = gap.repeat(5, 1)
-    nn, mm, nm = stats_of(10.0), stats_of(20.0), stats_of(10.0 + peak)
-    return GapCurve(nn, mm, nm, gap, gap - 0.5, gap + 0.5, p_values, 0.01, samples, samples, 0.95, 0)
+    paper, twice = (
+        GapStatistic(line, line - 0.5, line + 0.5, torch.full_like(line, 0.01), 0.01, line.repeat(5, 1), line[None])
+        for line in (gap, 2 * gap)
+    )
+    return GapCurve(
+        **vars(paper),
+        normal_normal=stats_of(10.0),
+        malicious_malicious=stats_of(20.0),
+        normal_malicious=stats_of(10.0 + peak),
+        symmetric=SymmetricGap(**vars(twice), permuted=twice.null),
+        level=0.95,
+        seed=0,
+        resampled="prompts",
+        n_resampled=(5, 5),
+        r=None,
+    )
 
 
 def curves_of(n: int) -> dict[str, GapCurve]:
@@ -37,8 +51,9 @@ def curves_of(n: int) -> dict[str, GapCurve]:
 
 
 def curve_lines(ax: Axes) -> list[Line2D]:
-    """The curves, without the line at 0 degrees."""
-    return [line for line in ax.lines if len(np.asarray(line.get_xdata())) == N_LAYERS]
+    """The curves, without the line at 0 degrees and what spread alone makes."""
+    lines = [line for line in ax.lines if len(np.asarray(line.get_xdata())) == N_LAYERS]
+    return [line for line in lines if line.get_gid() != "spread alone"]
 
 
 def legend_texts(ax: Axes) -> list[str]:
@@ -58,20 +73,23 @@ def figure() -> Figure:
     return plot_gap(curves_of(2), {"set 0": LayerRange(3, 6), "set 1": LayerRange(1, 2)}, "tiny, template own")
 
 
-def test_it_gives_a_figure_of_two_panels_outside_of_pyplot(figure: Figure) -> None:
+def test_it_gives_a_figure_of_three_panels_outside_of_pyplot(figure: Figure) -> None:
     import matplotlib.pyplot as plt
 
     assert isinstance(figure, Figure)
     assert isinstance(figure.canvas, FigureCanvasAgg)
-    assert len(figure.axes) == 2
+    assert len(figure.axes) == 3
     assert plt.get_fignums() == [], "no GUI and no global state"
     assert figure.get_suptitle() == "tiny, template own"
 
 
 def test_axes_say_what_and_in_which_unit(figure: Figure) -> None:
-    left, right = figure.axes
+    left, middle, right = figure.axes
     assert left.get_ylabel() == "cosine similarity at the last token"
-    assert right.get_ylabel() == "angle gap (degrees)"
+    assert middle.get_ylabel() == "angle gap (degrees)"
+    assert right.get_ylabel() == "symmetric gap (degrees)"
+    assert middle.get_ylim() == right.get_ylim(), "the two statistics are compared on one scale"
+    assert right.get_ylim()[1] > float(curve_of(2.0).symmetric.high.max())
     assert {ax.get_xlabel() for ax in figure.axes} == {"layer (0 = first block)"}
 
 
@@ -79,16 +97,21 @@ def test_the_legends_name_every_curve_and_the_range(figure: Figure) -> None:
     texts = [legend_texts(ax) for ax in figure.axes]
     mark = "initial range [3, 6]"
     assert texts[1] == ["set 0", "set 1", mark]
+    assert texts[2] == ["set 0", "set 1", "spread alone (same colour)", mark]
     kinds = ("normal-malicious", "normal-normal", "malicious-malicious")
     assert texts[0] == [*(f"{kind} (mean, ±1 sd)" for kind in kinds), mark]
 
 
 def test_the_curves_are_the_data(figure: Figure) -> None:
     curves = list(curves_of(2).values())
-    left, right = figure.axes
-    for line, curve in zip(curve_lines(right), curves, strict=True):
-        assert np.array_equal(np.asarray(line.get_xdata()), np.arange(N_LAYERS))
-        assert np.array_equal(np.asarray(line.get_ydata()), curve.gap.numpy())
+    left, middle, right = figure.axes
+    for ax, parts in ((middle, curves), (right, [curve.symmetric for curve in curves])):
+        for line, part in zip(curve_lines(ax), parts, strict=True):
+            assert np.array_equal(np.asarray(line.get_xdata()), np.arange(N_LAYERS))
+            assert np.array_equal(np.asarray(line.get_ydata()), part.gap.numpy())
+    alone = [line for line in right.lines if line.get_gid() == "spread alone"]
+    for line, curve in zip(alone, curves, strict=True):
+        assert np.array_equal(np.asarray(line.get_ydata()), curve.symmetric.spread_alone.numpy())
     kinds = (curves[0].normal_malicious, curves[0].normal_normal, curves[0].malicious_malicious)
     for line, kind in zip(curve_lines(left), kinds, strict=True):
         assert np.array_equal(np.asarray(line.get_ydata()), kind.cosine_mean.numpy())
@@ -104,7 +127,7 @@ def test_the_band_is_the_interval(figure: Figure) -> None:
 
 
 def test_the_range_is_shaded_with_both_of_its_ends(figure: Figure) -> None:
-    assert [marks(ax) for ax in figure.axes] == [[(2.5, 6.5)]] * 2
+    assert [marks(ax) for ax in figure.axes] == [[(2.5, 6.5)]] * 3
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 0), (4, 4), (0, 11)])
@@ -118,7 +141,7 @@ def test_one_layer_is_one_wide(start: int, end: int) -> None:
 @pytest.mark.parametrize("ranges", [{}, {"set 0": None}, {"set 1": LayerRange(1, 2)}])
 def test_without_a_range_nothing_is_shaded(ranges: dict[str, LayerRange | None]) -> None:
     figure = plot_gap(curves_of(2), ranges)
-    assert [marks(ax) for ax in figure.axes] == [[], []]
+    assert [marks(ax) for ax in figure.axes] == [[], [], []]
     assert not [text for ax in figure.axes for text in legend_texts(ax) if "range" in text]
 
 
@@ -134,7 +157,7 @@ def test_the_shading_is_hatched() -> None:
 @pytest.mark.parametrize("n", range(1, len(STYLES) + 1))
 def test_curves_are_told_apart_without_colour(n: int) -> None:
     figure = plot_gap(curves_of(n), {})
-    for ax, count in zip(figure.axes, (3, n), strict=True):
+    for ax, count in zip(figure.axes, (3, n, n), strict=True):
         lines = curve_lines(ax)
         assert len(lines) == count
         assert len({line._unscaled_dash_pattern for line in lines}) == count  # get_linestyle calls all dashes "--"

@@ -76,6 +76,15 @@ def test_ties_go_to_the_narrower_then_the_earlier():
     assert best_segment(scores(0, 1, 0, 0, 1, 0)).range == LayerRange(1, 1)
 
 
+def test_a_narrow_range_goes_before_an_earlier_wide_one_of_equal_fit():
+    """Mean 0; between: [7, 7] 3^2 10 / (1 x 9) = 10, [0, 1] 4^2 10 / (2 x 8) = 10, all others less."""
+    tied = scores(2, 2, -1, -1, -1, -1, -1, 3, -1, -1)
+    between = between_squares(tied[None])[0]
+    assert between[7, 7] == between[0, 1] == between.max() == 10
+    assert best_segment(tied).range == LayerRange(7, 7)
+    assert best_segment(tied.flip(0)).range == LayerRange(2, 2)
+
+
 @given(st.lists(st.integers(-4, 4), min_size=2, max_size=9), st.integers(1, 8))
 @settings(max_examples=200, deadline=None)
 def test_equals_brute_force(values, width):
