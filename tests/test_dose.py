@@ -93,7 +93,7 @@ def last(examples: torch.Tensor, curve: torch.Tensor) -> float:
 
 
 def test_whole_clusters_are_drawn_and_count_by_their_size() -> None:
-    """Two clusters of 3 prompts, all refused, and of 1, not refused: draws give AA, AB or BB, a share of 1, 3/4 or 0."""
+    """A: three prompts, all refused; B: one, not refused. Draws of AA, AB and BB give shares of 1, 3/4 and 0."""
     refused = torch.tensor([1.0, 1.0, 0.0, 1.0]).double()[None, None]
     clusters = ["A", "A", "B", "A"]
     seen = set()
