@@ -300,7 +300,7 @@ def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any
     peak = resident("VmHWM") - floor if floor is not None else None
     metrics = final_metrics(bench)
     if bench.config.save:
-        export_transformers(bench.model, path.with_suffix(""), bench.config.model)
+        export_transformers(bench.model, bench.config.model, path.with_suffix(""), overwrite=True)
     return {
         "doses": [{"examples": point.examples, **as_lists(point.responses)} for point in points],
         "seconds_a_step": statistics.median(clock.seconds),

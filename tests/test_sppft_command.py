@@ -13,6 +13,7 @@ import pytest
 import safety_mech as sm
 from safety_mech.attacks import implicit_data
 from safety_mech.finetune import UNFINISHED
+from safety_mech.models import load_model
 
 PAIRS = [
     (f"{prompt} {n}", answer) for n in range(8) for prompt, answer in (("Name a fruit", "A pear."), ("Why?", "No."))
@@ -127,6 +128,21 @@ def test_attack_data_has_the_size_asked_for(script: ModuleType, config_for: Call
     mixed = script.attack_data(bench, "harmful-0.5", 0)
     assert (len(mixed), sum(answer.endswith(UNFINISHED) for _, answer in mixed)) == (7, 2)
     assert script.attack_data(bench, "normal", 0) != script.attack_data(bench, "normal", 1)
+
+
+def test_a_saved_cell_loads_as_it_was_trained(
+    script: ModuleType, config_for: Callable[..., Any], tmp_path: Path, llama_folder: Path
+) -> None:
+    """Twice: a run that was killed between the export and the cell's file leaves the folder, and writes it again."""
+    bench = script.Bench(load_model(str(llama_folder)), sm.LayerRange(1, 1), config_for(save=True), tmp_path)
+    before = {path.name: path.read_bytes() for path in llama_folder.iterdir()}
+    for _ in range(2):
+        found = script.run_cell(bench, script.Cell("normal", "sppft", 0), 1e-3, tmp_path / "normal-sppft-0-abc.json")
+    assert found["steps"] == 4
+    saved = load_model(str(tmp_path / "normal-sppft-0-abc"))
+    assert all((weight == saved.get_parameter(name)).all() for name, weight in bench.model.named_parameters())
+    assert any((weight != bench.start[name]).any() for name, weight in saved.named_parameters()), "control: it trained"
+    assert {path.name: path.read_bytes() for path in llama_folder.iterdir()} == before, "the base is left alone"
 
 
 def test_restoring_is_bit_for_bit(script: ModuleType, config_for: Callable[..., Any]) -> None:
