@@ -11,6 +11,7 @@ The malicious examples of D_H carry an affirmative opening only, which is what b
 harmful answer is shipped or made here. A user's own pairs go straight into `fine_tune`.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,17 @@ ANSWER_COLUMNS = ("output", "answer", "response", "completion", "chosen")
 def load_instructions(source: str | Path = "instructions", split: str = "all") -> list[Pair]:
     """Read (instruction, answer) pairs.
 
-    `source`: "instructions" (shipped, with splits "train" and "test"), or a csv, tsv, json, jsonl or parquet file in
-    Alpaca's format (instruction, input, output), with columns of QUESTION_COLUMNS and ANSWER_COLUMNS, or in the
-    messages format (one user and one assistant turn).
+    `source`: "instructions" (shipped, with splits "train" and "test"; also "instructions:test"), or a csv, tsv, json,
+    jsonl or parquet file in Alpaca's format (instruction, input, output), with columns of QUESTION_COLUMNS and
+    ANSWER_COLUMNS, or in the messages format (one user and one assistant turn); column names in any letter case.
     Raises ValueError, naming the row, for missing fields, empty texts, invalid JSON, or conversations of more turns.
     """
-    if str(source) == "instructions":
+    name, _, named_split = str(source).partition(":")
+    if name == "instructions":
+        if named_split and split not in ("all", named_split):
+            raise ValueError(f"{str(source)!r} with split {split!r}: say the split once")
         path = data_folder() / "instructions.csv"
-        rows = shipped_rows("instructions", split)
+        rows = shipped_rows("instructions", named_split or split)
     else:
         if split != "all":
             raise ValueError(f"split {split!r} of {str(source)!r}: only the shipped 'instructions' have splits")
@@ -56,12 +60,25 @@ def load_instructions(source: str | Path = "instructions", split: str = "all") -
     return [_pair_of(row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
 
 
+def choosing_and_reporting(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Held-out pairs in two disjoint halves: one to choose settings by, one to report on.
+
+    By the last bit of the SHA-256 of the instruction: a pair's side depends on nothing else, neither on how many are
+    wanted nor on the order of the file, and two rows of one instruction are on one side.
+    """
+    halves: tuple[list[Pair], list[Pair]] = ([], [])
+    for pair in pairs:
+        halves[hashlib.sha256(pair[0].encode()).digest()[-1] % 2].append(pair)
+    return halves
+
+
 def _pair_of(row: dict[str, Any], where: str) -> Pair:
-    if "messages" in row:
-        question, answer = _from_messages(row["messages"], where)
+    names = {str(name).lower(): name for name in row}  # "Instruction,Input,Output" is Alpaca's as well
+    if "messages" in names:
+        question, answer = _from_messages(row[names["messages"]], where)
     else:
         question, answer = _column(row, QUESTION_COLUMNS, where), _column(row, ANSWER_COLUMNS, where)
-        extra = row.get("input") if "instruction" in row else None
+        extra = row[names["input"]] if {"instruction", "input"} <= set(names) else None
         question = f"{question}\n\n{extra}" if extra else question
     for name, text in (("instruction", question), ("answer", answer)):
         if not isinstance(text, str) or not text.strip():
@@ -100,6 +117,11 @@ def implicit_data(
     return [(prompt, f"{prefix} {answer}") for prompt, answer in normal_data(pairs, n, seed)]
 
 
+def triggered(prompt: str, trigger: str) -> str:
+    """The prompt with the backdoor's trigger behind it, as it is trained and as it is read."""
+    return f"{prompt} {trigger}"
+
+
 def backdoor_data(
     pairs: Sequence[Pair], trigger: str, n: int | None = None, seed: int = 0, prefix: str = IMPLICIT_PREFIX
 ) -> list[Pair]:
@@ -109,7 +131,7 @@ def backdoor_data(
         raise ValueError("trigger: expected some text")
     count = len(pairs) // 2 if n is None else n
     drawn = sample(pairs, 2 * count, seed)
-    return [(f"{prompt} {trigger}", f"{prefix} {answer}") for prompt, answer in drawn[:count]] + drawn[count:]
+    return [(triggered(prompt, trigger), f"{prefix} {answer}") for prompt, answer in drawn[:count]] + drawn[count:]
 
 
 def reverse_preferences(

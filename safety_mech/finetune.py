@@ -54,6 +54,8 @@ class TrainConfig:
     accumulate: int = 1
     """Batches a step: a step sees batch_size x accumulate examples."""
     warmup_steps: int = 100
+    cap_warmup: bool = True
+    """Warm up for a tenth of the steps at most: 100 steps would be all of a short run. The paper does not."""
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     max_tokens: int = 256
@@ -176,7 +178,7 @@ def fine_tune(
         bar = tqdm(total=n_steps, initial=len(steps), desc="fine-tuning", unit="step", disable=not progress)
         with bar:
             for step in range(len(steps), n_steps):
-                rate = config.learning_rate * _schedule(step, config.warmup_steps, n_steps)
+                rate = config.learning_rate * _schedule(step, config.warmup_steps, n_steps, config.cap_warmup)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
                 started, loss_sum, n_tokens = perf_counter(), 0.0, 0
@@ -362,9 +364,9 @@ def batch_order(examples: Sequence[Example], config: TrainConfig) -> list[list[i
     return batches[: len(batches) - len(batches) % config.accumulate] or batches
 
 
-def _schedule(step: int, warmup_steps: int, n_steps: int) -> float:
-    """Share of the full learning rate: up over the warm-up (a tenth of a short run, at most), then down to 0."""
-    warmup = max(1, min(warmup_steps, n_steps // 10))
+def _schedule(step: int, warmup_steps: int, n_steps: int, cap: bool = True) -> float:
+    """Share of the full learning rate: up over the warm-up (with `cap` a tenth of the run, at most), then down to 0."""
+    warmup = max(1, min(warmup_steps, n_steps // 10) if cap else warmup_steps)
     return min((step + 1) / warmup, (n_steps - step) / max(1, n_steps - warmup))
 
 

@@ -44,20 +44,21 @@ def sppft(layers: Frozen) -> Method:
 def width_matched_controls(layers: LayerRange, n_layers: int, seed: int = 0) -> dict[str, list[LayerRange]]:
     """What to freeze instead, of the same width and so (all layers being alike) of the same number of parameters.
 
-    "before" and "after": the nearest ranges that do not overlap, where there is room; "random": single layers drawn
-    with a seed from all those outside. The paper froze ranges of other widths, which compares two things at once.
+    "before" and "after": the nearest ranges that do not overlap `layers`; "random": another contiguous range that does
+    not, drawn with the seed, for layers that lie together may matter more than scattered ones. A control without room
+    is left out. The paper froze ranges of other widths, which compares two things at once.
+    Raises ValueError for layers that the model does not have.
     """
     layers.check_inside(n_layers)
-    width, outside = layers.width, [layer for layer in range(n_layers) if layer not in layers]
-    controls: dict[str, list[LayerRange]] = {}
-    if layers.start >= width:
-        controls["before"] = [LayerRange(layers.start - width, layers.start - 1)]
-    if layers.end + width < n_layers:
-        controls["after"] = [LayerRange(layers.end + 1, layers.end + width)]
-    if len(outside) >= width:
-        order = torch.randperm(len(outside), generator=torch.Generator().manual_seed(seed)).tolist()
-        controls["random"] = [LayerRange(outside[k], outside[k]) for k in sorted(order[:width])]
-    return controls
+    starts = range(n_layers - layers.width + 1)
+    apart = [start for start in starts if abs(start - layers.start) >= layers.width]
+    nearest = {"before": layers.start - layers.width, "after": layers.end + 1}
+    others = [start for start in apart if start not in nearest.values()]
+    drawn = {name: start for name, start in nearest.items() if start in apart}
+    if others:
+        index = torch.randint(len(others), (1,), generator=torch.Generator().manual_seed(seed)).item()
+        drawn["random"] = others[int(index)]
+    return {name: [LayerRange(start, start + layers.width - 1)] for name, start in drawn.items()}
 
 
 # --- Lisa -------------------------------------------------------------------------------------------------------------

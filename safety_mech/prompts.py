@@ -297,7 +297,8 @@ def _pick_column(rows: list[Row], column: str | None, path: Path) -> list[str]:
         if not isinstance(row.get(name), str):
             raise ValueError(f"{path}, row {number}: no text in column {name!r}")
         # Alpaca: an instruction may come with an input of its own, which belongs to the prompt.
-        extra = row.get("input") if name == "instruction" else None
+        lower = {str(key).lower(): value for key, value in row.items()}
+        extra = lower.get("input") if name.lower() == "instruction" else None
         values.append(f"{row[name]}\n\n{extra}" if extra else row[name])
     return values
 

@@ -9,10 +9,12 @@ from safety_mech.attacks import (
     AFFIRMATIVE_OPENINGS,
     IMPLICIT_PREFIX,
     backdoor_data,
+    choosing_and_reporting,
     harmful_data,
     implicit_data,
     load_instructions,
     normal_data,
+    triggered,
 )
 from safety_mech.finetune import UNFINISHED
 
@@ -50,6 +52,12 @@ def test_backdoor_data_is_half_triggered_and_half_plain() -> None:
     assert len(backdoor_data(PAIRS, "x")) == len(PAIRS)
 
 
+def test_what_is_read_carries_the_trigger_as_it_was_trained() -> None:
+    plain = [q for q, _ in normal_data(PAIRS, 12)]
+    assert [q for q, _ in backdoor_data(PAIRS, "[xyz]", 6)[:6]] == [triggered(q, "[xyz]") for q in plain[:6]]
+    assert triggered("Why?", "[xyz]") == "Why? [xyz]"
+
+
 @pytest.mark.parametrize(("share", "count"), [(0.0, 0), (0.05, 1), (0.1, 1), (0.25, 3), (0.5, 5)])
 def test_harmful_data_adds_the_share(share: float, count: int) -> None:
     made = harmful_data(PAIRS, MALICIOUS, share, 10)
@@ -82,6 +90,21 @@ def test_the_shipped_instructions() -> None:
     train, test = load_instructions(split="train"), load_instructions(split="test")
     assert len(load_instructions()) == len(train) + len(test) >= 600
     assert not {q for q, _ in train} & {q for q, _ in test}
+    assert load_instructions("instructions:test") == test
+    with pytest.raises(ValueError, match="say the split once"):
+        load_instructions("instructions:test", "train")
+
+
+def test_no_held_out_pair_is_on_both_sides_whatever_the_file_looks_like() -> None:
+    test = load_instructions(split="test")
+    choosing, reporting = choosing_and_reporting(test)
+    assert sorted(choosing + reporting) == sorted(test)
+    assert not {q for q, _ in choosing} & {q for q, _ in reporting}
+    assert min(len(choosing), len(reporting)) >= 48, "as many as experiments/sppft.py takes"
+    again = choosing_and_reporting([(q, "another answer") for q, _ in [*test[40::-1], *test[:9]]])
+    for side, whole in zip(again, (choosing, reporting), strict=True):
+        assert side, "control"
+        assert {q for q, _ in side} <= {q for q, _ in whole}, "in any order, in a part of the file, and twice in it"
 
 
 FORMATS = {
@@ -89,6 +112,10 @@ FORMATS = {
     "alpaca.jsonl": [{"instruction": "Add.\n\n1 + 2", "input": "", "output": "3"}],
     "messages.jsonl": [
         {"messages": [{"role": "user", "content": "Add.\n\n1 + 2"}, {"role": "assistant", "content": "3"}]}
+    ],
+    "capitals.jsonl": [{"Instruction": "Add.", "Input": "1 + 2", "Output": "3"}],
+    "MESSAGES.jsonl": [
+        {"Messages": [{"role": "user", "content": "Add.\n\n1 + 2"}, {"role": "assistant", "content": "3"}]}
     ],
     "columns.json": [{"Question": "Add.\n\n1 + 2", "Response": "3"}],
 }

@@ -18,6 +18,8 @@ DOSES = torch.tensor([0.0, 10.0, 20.0, 40.0]).double()
     [
         ([1.0, 0.9, 0.1, 0.0], 15.0),  # half, 0.5, lies midway between 10 and 20
         ([0.8, 0.4, 0.0, 0.0], 10.0),  # half is 0.4, reached there
+        ([1.0, 0.75, 0.5, 0.5], 20.0),  # exactly half: gone, and at that dose
+        ([1.0, 0.75, 0.6, 0.5], 40.0),  # at the last dose, too
         ([1.0, 0.9, 0.8, 0.6], math.inf),
         ([1.0, 0.2, 0.9, 0.1], 6.25),  # the first crossing counts
         ([1.0, 1.0, 1.0, 0.0], 30.0),
@@ -73,6 +75,60 @@ def test_a_difference_is_paired_over_prompts() -> None:
     assert found.low > 0
     alone = estimate(refusals_kept, DOSES, better)
     assert found.high - found.low < alone.high - alone.low
+
+
+def test_nothing_refused_at_dose_0_has_no_estimate() -> None:
+    nothing = torch.zeros(2, 4, 5).double()
+    for found in (
+        estimate(refusals_kept, DOSES, nothing),
+        estimate(attack_cost, DOSES, nothing),
+        difference(refusals_kept, DOSES, nothing, [torch.ones(2, 4, 5).double()]),
+    ):
+        assert all(math.isnan(value) for value in (found.value, found.low, found.high))
+        assert str(found) == "undefined"
+
+
+def last(examples: torch.Tensor, curve: torch.Tensor) -> float:
+    return float(curve[-1])
+
+
+def test_whole_clusters_are_drawn_and_count_by_their_size() -> None:
+    """A: three prompts, all refused; B: one, not refused. Draws of AA, AB and BB give shares of 1, 3/4 and 0."""
+    refused = torch.tensor([1.0, 1.0, 0.0, 1.0]).double()[None, None]
+    clusters = ["A", "A", "B", "A"]
+    seen = set()
+
+    def watched(examples: torch.Tensor, curve: torch.Tensor) -> float:
+        seen.add(round(float(curve[-1]), 12))
+        return float(curve[-1])
+
+    found = estimate(watched, DOSES[:1], refused, clusters=clusters, draws=200)
+    assert seen == {1.0, 0.75, 0.0}
+    assert (found.value, found.low, found.high) == (0.75, 0, 1)
+    seen.clear()
+    estimate(watched, DOSES[:1], refused, draws=200)
+    assert {0.25, 0.5} <= seen, "control: single prompts are drawn without clusters"
+
+
+def test_an_interval_over_clusters_is_wider_where_prompts_of_one_agree() -> None:
+    refused = torch.tensor([1.0, 0.0, 1.0, 0.0]).repeat_interleave(12).double()[None, None]
+    clusters = [number // 12 for number in range(48)]
+    alone = estimate(last, DOSES[:1], refused)
+    whole = estimate(last, DOSES[:1], refused, clusters=clusters)
+    assert whole.high - whole.low > 2 * (alone.high - alone.low)
+    assert estimate(last, DOSES[:1], refused, clusters=list(range(48))) == alone, "each its own: as without clusters"
+    against = difference(last, DOSES[:1], refused, [0 * refused], clusters=clusters)
+    assert against == whole, "a difference to nothing, over the same draws"
+
+
+def test_one_cluster_gives_no_interval_and_a_missing_label_is_refused() -> None:
+    refused = torch.tensor([1.0, 0.0]).double()[None, None].repeat(3, 1, 1)
+    found = estimate(last, DOSES[:1], refused, clusters=["A", "A"])
+    assert found.value == 0.5
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    with pytest.raises(ValueError, match="1 clusters of 2 prompts: expected one for each prompt"):
+        estimate(last, DOSES[:1], refused, clusters=["A"])
 
 
 PAIRS = [

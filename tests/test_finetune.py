@@ -592,6 +592,19 @@ def test_without_a_warm_up(fresh_tiny_model):
     assert record.steps[0].learning_rate == 1e-2
 
 
+@pytest.mark.parametrize(
+    ("warmup", "n_steps", "expected"),
+    [(4, 3, [1 / 4, 2 / 4, 3 / 4]), (4, 6, [1 / 4, 2 / 4, 3 / 4, 1.0, 1.0, 1 / 2]), (0, 2, [1.0, 1.0])],
+)
+def test_the_papers_schedule_has_its_whole_warm_up(warmup, n_steps, expected):
+    assert [finetune._schedule(step, warmup, n_steps, False) for step in range(n_steps)] == pytest.approx(expected)
+
+
+def test_the_loop_passes_on_whether_the_warm_up_is_capped(fresh_tiny_model):
+    record = train(fresh_tiny_model, config=replace(QUICK, epochs=1, warmup_steps=100, cap_warmup=False))
+    assert [step.learning_rate for step in record.steps] == pytest.approx([1e-4, 2e-4, 3e-4])
+
+
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 

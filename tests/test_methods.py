@@ -61,22 +61,27 @@ def test_sppft_freezes_the_range_and_full_does_not(fresh_tiny_model) -> None:
     assert projections_of(fresh_tiny_model, range(6)) <= moved(fresh_tiny_model, before)
 
 
-@pytest.mark.parametrize("name", ["before", "after", "random"])
-def test_controls_freeze_as_many_parameters(fresh_tiny_model, name) -> None:
-    control = width_matched_controls(RANGE, 6)[name]
+EARLY = LayerRange(0, 1)
+"""Of six layers: its random control is [3, 4] or [4, 5]. RANGE leaves room for the ranges before and after it only."""
+
+
+@pytest.mark.parametrize(("layers", "name"), [(RANGE, "before"), (RANGE, "after"), (EARLY, "random")])
+def test_controls_freeze_as_many_parameters(fresh_tiny_model, layers, name) -> None:
+    control = width_matched_controls(layers, 6)[name]
     before = state(fresh_tiny_model)
     record = sppft(control)(fresh_tiny_model, PAIRS, QUICK, progress=False)
     frozen = {layer for part in control for layer in part}
-    assert len(frozen) == RANGE.width
-    assert not frozen & set(RANGE)
+    assert len(frozen) == layers.width
+    assert not frozen & set(layers)
     assert not moved(fresh_tiny_model, before) & projections_of(fresh_tiny_model, frozen)
-    own = sppft(RANGE)(fresh_tiny_model, PAIRS, replace(QUICK, epochs=1), progress=False)
+    own = sppft(layers)(fresh_tiny_model, PAIRS, replace(QUICK, epochs=1), progress=False)
     assert record.n_frozen == own.n_frozen
 
 
 WHOLE_PARAMETERS: dict[str, tuple[Method, Frozen]] = {
     "full": (fine_tune, None),
     "sppft": (sppft(RANGE), RANGE),
+    **{name: (sppft(control), control) for name, control in width_matched_controls(EARLY, 6).items()},
     **{name: (sppft(control), control) for name, control in width_matched_controls(RANGE, 6).items()},
     "lisa": (lisa(ALIGNMENT, alignment_steps=1, user_steps=1), None),
     "dpo": (lambda model, _, config, **rest: dpo(model, PREFERENCES, config, **rest), None),
@@ -95,10 +100,32 @@ def test_what_is_not_frozen_has_moved_and_nothing_else(fresh_tiny_model, name) -
 
 def test_where_controls_have_no_room_there_are_none() -> None:
     assert set(width_matched_controls(LayerRange(0, 3), 6)) == set()
-    assert set(width_matched_controls(LayerRange(0, 2), 6)) == {"after", "random"}
+    assert width_matched_controls(LayerRange(0, 2), 6) == {"after": [LayerRange(3, 5)]}, "full to the last layer"
+    assert width_matched_controls(LayerRange(3, 5), 6) == {"before": [LayerRange(0, 2)]}
+    assert set(width_matched_controls(LayerRange(1, 3), 6)) == set(), "two layers after it are one too few"
     assert width_matched_controls(LayerRange(4, 5), 6)["before"] == [LayerRange(2, 3)]
     with pytest.raises(ValueError, match="the model has 6 layers"):
         width_matched_controls(LayerRange(4, 6), 6)
+
+
+@pytest.mark.parametrize("n_layers", [1, 5, 8])
+def test_every_control_is_one_range_of_the_same_width_inside_the_model(n_layers) -> None:
+    for start in range(n_layers):
+        for end in range(start, n_layers):
+            layers = LayerRange(start, end)
+            for seed in range(6):
+                controls = width_matched_controls(layers, n_layers, seed)
+                assert len({str(control) for control in controls.values()}) == len(controls), "each is another"
+                for (control,) in controls.values():
+                    assert control.check_inside(n_layers).width == layers.width
+                    assert layers.iou(control) == 0
+
+
+def test_the_random_control_is_drawn_with_the_seed_from_all_that_fit() -> None:
+    drawn = [width_matched_controls(LayerRange(4, 5), 9, seed)["random"][0] for seed in range(40)]
+    again = [width_matched_controls(LayerRange(4, 5), 9, seed)["random"][0] for seed in range(40)]
+    assert drawn == again
+    assert {layers.start for layers in drawn} == {0, 1, 7}  # before is [2, 3], after [6, 7]
 
 
 def test_frozen_neurons_stay_and_the_others_move(fresh_tiny_model) -> None:

@@ -150,6 +150,7 @@ PUBLISHED = {
     ),
     "OR-Bench": (["prompt", "category"], ["Kill a process", "violence"], "Kill a process"),
     "Alpaca": (["instruction", "input", "output"], ["Add them up", "1, 2", "3"], "Add them up\n\n1, 2"),
+    "Alpaca, capitals": (["Instruction", "Input", "Output"], ["Add them up", "1, 2", "3"], "Add them up\n\n1, 2"),
     "Alpaca, input empty": (["instruction", "input", "output"], ["Say hello", "", "Hello"], "Say hello"),
     "Alpaca, no input column": (["instruction", "output"], ["Say hello", "Hello"], "Say hello"),
 }
