@@ -34,7 +34,7 @@ MUTANTS = (
         "order",
         "import is_babble, is_refusal",
         "import is_babble as is_refusal, is_refusal as is_babble",
-        "tour plots report",
+        "package",
     ),
     # adapters
     Mutant("adapter_ignores_scaling", "adapters.py", "threshold", "partial(scale_of, weight)", "lambda: 1.0"),
@@ -140,7 +140,6 @@ MUTANTS = (
         "order",
         '(package / "data", package.parent / "data")',
         '(package.parent / "data", package / "data")',
-        "data",
     ),
     # directions
     Mutant(
@@ -325,10 +324,8 @@ MUTANTS = (
         "found.range or found.initial",
         "found.initial or found.range",
     ),
-    Mutant("measurements_stay", "located.py", "undo", "_shared.reset(token)", "pass", "locators"),
-    Mutant(
-        "any_seed_is_the_same", "located.py", "undo", "prompts.openings, prompts.seed)", "prompts.openings)", "locators"
-    ),
+    Mutant("measurements_stay", "located.py", "undo", "_shared.reset(token)", "pass"),
+    Mutant("any_seed_is_the_same", "located.py", "undo", "prompts.openings, prompts.seed)", "prompts.openings)"),
     # locators
     Mutant("decision_share", "locators.py", "threshold", "DECISION_SHARE = 0.1", "DECISION_SHARE = 0.2"),
     Mutant("decision_lead", "locators.py", "threshold", "DECISION_LEAD = 3", "DECISION_LEAD = 2"),
@@ -364,7 +361,6 @@ MUTANTS = (
         "threshold",
         "int(line.split()[1]) * 1024",
         "int(line.split()[1]) * 1000",
-        "bench_locate",
     ),
     Mutant(
         "first_token_masked",
@@ -372,7 +368,6 @@ MUTANTS = (
         "bound",
         "mask[row, longest - len(chat) :]",
         "mask[row, longest - len(chat) + 1 :]",
-        "bench_locate residuals",
     ),
     # methods
     Mutant(
@@ -542,7 +537,12 @@ MUTANTS = (
     Mutant("rouge_interval_of_90", "skill.py", "threshold", "[0.025, 0.975]", "[0.05, 0.95]"),
     # tables
     Mutant(
-        "runs_with_gaps", "tables.py", "bound", "layer == runs[-1][1] + 1", "layer <= runs[-1][1] + 2", "report plots"
+        "runs_with_gaps",
+        "tables.py",
+        "bound",
+        "layer == runs[-1][1] + 1",
+        "layer <= runs[-1][1] + 2",
+        "tables gap_difference",
     ),
     Mutant(
         "bound_of_zero",
@@ -550,7 +550,6 @@ MUTANTS = (
         "bound",
         "float(difference.low[layer]) > 0",
         "float(difference.low[layer]) >= 0",
-        "report plots",
     ),
     # views
     Mutant("first_row_left_out", "views.py", "axis", "pattern[:, :, 1:]", "pattern[:, 1:]"),
