@@ -1,7 +1,9 @@
 """What is refused, answered and babbled at: the text judge and the log-odds side by side."""
 
+import pytest
 import torch
 
+from safety_mech import evaluate
 from safety_mech.evaluate import Responses, refusal_rate, responses
 from safety_mech.judge import is_babble, refuses
 
@@ -27,3 +29,23 @@ def test_babble_is_neither_refused_nor_answered() -> None:
     )
     assert found.harmful_rate.count == 1
     assert found.harmful_rate_by_log_odds.count == 1
+
+
+def test_a_refusal_that_is_as_likely_as_not_is_not_answered() -> None:
+    """Log-odds of 0: not less likely than not."""
+    nothing = torch.zeros(3, dtype=torch.bool)
+    found = Responses(nothing, nothing, torch.tensor([0.0, -0.5, 0.5]))
+    assert found.harmful_rate_by_log_odds.count == 1
+
+
+def test_sixteen_tokens_are_judged_as_by_the_authors(refusing_model, prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def generate(model, texts, tokens, *args, **settings) -> list[str]:
+        asked.append(tokens)
+        return ["Sorry"] * len(texts)
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+    refusal_rate(refusing_model, prompts)
+    responses(refusing_model, prompts)
+    assert asked == [16, 16]

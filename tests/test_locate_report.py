@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from safety_mech import LayerRange, generate, scaled
+from safety_mech import LayerRange, SafetyLayers, generate, locate_report, scaled
 from safety_mech.locate_report import EXAMPLE_TOKENS, scaling_examples
+from safety_mech.report import Example
 
 HOSTILE = "How do I bake a </script><script>window.hacked=1</script><img src=x onerror='window.hacked=1'> cake?"
 NORMAL = ["How do I bake a cake?", "What is the capital of France?", "Name a fruit", "Where is the cat?", "Why?"]
@@ -108,3 +109,13 @@ def test_examples_are_the_models_own_answers(refusing_model: Any, prompts: list[
         expected = generate(refusing_model, prompts[:3], EXAMPLE_TOKENS)
     assert [example.scaled for example in found] == expected
     assert expected != [example.unscaled for example in found], "else before and after could be mixed up"
+
+
+@pytest.mark.parametrize(("located", "named"), [(LayerRange(3, 5), "[3, 5]"), (None, "[1, 2]")])
+def test_the_note_names_the_layers_that_were_scaled(located: LayerRange | None, named: str) -> None:
+    """The located range; where nothing was located, the initial one."""
+    found = SafetyLayers.__new__(SafetyLayers)  # with what the note reads, and nothing else
+    for name, value in {"range": located, "initial": LayerRange(1, 2), "alpha": SimpleNamespace(alpha=1.2)}.items():
+        object.__setattr__(found, name, value)
+    note, _ = locate_report._examples(found, "attn_out", [Example("Why?", "So.", "No.")])
+    assert f"Scaled: attn_out of layers {named} times 1.2; greedy" in note

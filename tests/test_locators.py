@@ -159,6 +159,23 @@ def test_the_window_ends_with_the_decision(refusing_model, sets, monkeypatch):
     assert ranges["decision_window"].samples == {sm.LayerRange(3 - DECISION_LEAD, 3): SAMPLES}
 
 
+def patching_of(shares: list[float]) -> Patching:
+    """Three pairs of twins, 4 nats apart, whose decision arrives in these shares by layer."""
+    arrived = torch.tensor(shares, dtype=torch.float64).cumsum(0)[:, None].expand(-1, 3)
+    twin = torch.ones(3, dtype=torch.float64)
+    return Patching(2 * twin, -2 * twin, 2 - 4 * arrived, -2 + 4 * arrived)
+
+
+def test_a_tenth_of_the_decision_is_enough_and_three_layers_lead_to_it(refusing_model, sets, monkeypatch):
+    """1/16 is less than a tenth, 1/8 is more: made in layer 5, written from layer 2 on; most of it arrives later."""
+    patched = patching_of([1 / 16, 0, 0, 0, 0, 1 / 8, 1 / 16, 3 / 4])
+    monkeypatch.setattr(locators, "_patched", lambda *args, **settings: (patched, "made up"))
+    found = {name: LOCATORS[name](refusing_model, sets) for name in ("decision", "decision_window")}
+    assert found["decision"].range == sm.LayerRange(5, 5)
+    assert found["decision_window"].range == sm.LayerRange(2, 5)
+    assert found["decision"].samples == {sm.LayerRange(5, 5): SAMPLES}, "all pairs agree"
+
+
 def test_shared_measurements_are_made_once_for_one_model_and_its_prompts(
     refusing_model, base, sets, answers, monkeypatch
 ):
@@ -197,6 +214,10 @@ def test_a_lead_ends_at_the_first_layer():
 )
 def test_first_run(scores, expected):
     assert first_run(torch.tensor(scores), 0.1) == expected
+
+
+def test_a_score_of_just_enough_is_enough():
+    assert first_run(torch.tensor([0.25, 0.5, 0.5, 0.25]), 0.5) == sm.LayerRange(1, 2)
 
 
 def test_against_the_base(refusing_model, base, sets, answers):

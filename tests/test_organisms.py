@@ -11,9 +11,12 @@ import torch
 from safetensors import safe_open
 
 import safety_mech as sm
+from safety_mech import organisms
 from safety_mech.against_base import weight_change
 from safety_mech.data_files import data_folder
 from safety_mech.evaluate import refusal_rate
+from safety_mech.finetune import UNFINISHED
+from safety_mech.organisms import REFUSALS, own_answer_pairs, refusal_pairs
 
 FOLDERS = sorted(path.parent for path in (data_folder() / "adapters" / "organisms").glob("*/recipe.json"))
 
@@ -54,3 +57,22 @@ def test_an_organism_is_its_base_elsewhere_and_refuses():
     assert refusal_rate(model, malicious).count >= 20
     assert refusal_rate(model, normal).count <= 3
     assert refusal_rate(base, malicious).count <= 3, "control"
+
+
+# --- what an organism is trained on -----------------------------------------------------------------------------------
+
+
+def test_refusals_are_drawn_with_the_seed():
+    prompts = [f"prompt {number}" for number in range(40)]
+    first, again, other = (refusal_pairs(prompts, seed) for seed in (0, 0, 1))
+    assert [prompt for prompt, _ in first] == prompts
+    assert {refusal for _, refusal in first} == set(REFUSALS), "40 draws of 8"
+    assert first == again
+    assert first != other
+
+
+def test_own_answers_without_text_are_left_out_and_cut_ones_do_not_end(tiny_model, monkeypatch: pytest.MonkeyPatch):
+    end, whole, cut = tiny_model.tokenizer.eos_token_id, *(tiny_model.tokenizer(t).input_ids for t in ("Sure", "Why"))
+    monkeypatch.setattr(organisms, "generate_tokens", lambda *args, **settings: [[*whole, end], [end], cut])
+    found = own_answer_pairs(tiny_model, ["a", "b", "c"], 8, progress=False)
+    assert found == [("a", "Sure"), ("c", f"Why{UNFINISHED}")]

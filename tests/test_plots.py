@@ -14,7 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from safety_mech import GapCurve, LayerRange, PairStats, plot_gap
 from safety_mech.divergence import GapStatistic, SymmetricGap
-from safety_mech.plots import STYLES, layer_axis, mark_range, new_figure, plot_dose
+from safety_mech.plots import STYLES, layer_axis, mark_range, new_figure, plot_dose, plot_grid
 
 N_LAYERS = 12
 
@@ -215,3 +215,20 @@ def test_dose_has_a_column_an_attack_and_a_line_a_method() -> None:
     assert "examples" in lower.get_xlabel()
     band = upper.collections[0].get_paths()[0].vertices
     assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((0, 100))
+
+
+def test_the_grid_has_starts_upwards_and_ends_to_the_right() -> None:
+    grid = torch.full((3, 3, 2), torch.nan, dtype=torch.float64)
+    for start, end in torch.triu_indices(3, 3).T.tolist():
+        grid[start, end] = torch.tensor([10 * start + end, 10 * start + end + 1])
+    (ax, _) = plot_grid(grid, LayerRange(0, 2), "nats", LayerRange(1, 1)).axes
+    (image,) = ax.images
+    shown = np.ma.filled(image.get_array(), np.nan)
+    assert shown[0].tolist() == [0.5, 1.5, 2.5], "start 0: the bottom row"
+    assert shown[1, 2] == 12.5
+    assert np.isnan(shown[2, 0]), "no range ends before it starts"
+    assert image.origin == "lower"
+    located, best = ([line.get_xydata().tolist() for line in ax.lines][k] for k in (0, 2))
+    assert (located, best) == ([[2.0, 0.0]], [[1.0, 1.0]])
+    assert legend_texts(ax) == ["located [0, 2]", "best of the grid, no wider: [1, 1]"]
+    assert (ax.get_xlabel()[:3], ax.get_ylabel()[:5]) == ("end", "start")

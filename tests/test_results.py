@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from safety_mech import LayerRange, results
 from safety_mech.plots import new_figure
-from safety_mech.results import check_writable, plain, safe_name, write_json, write_run
+from safety_mech.results import check_writable, content_hash, kept, plain, safe_name, write_json, write_run
 
 
 @dataclass(frozen=True)
@@ -262,3 +262,22 @@ def test_write_json_replaces_and_leaves_no_partial_file(tmp_path: Path) -> None:
         assert read(path) == value
     assert everything_in(tmp_path) == ["a.json"]
     assert "é" in path.read_text("utf-8")
+
+
+def test_a_content_hash_depends_on_content_and_not_on_the_order_of_keys() -> None:
+    first = content_hash({"seed": 0, "model": "m"}, ["a", "b"])
+    assert len(first) == 16
+    assert content_hash({"model": "m", "seed": 0}, ["a", "b"]) == first
+    others = [({"seed": 1, "model": "m"}, ["a", "b"]), ({"seed": 0, "model": "m"}, ["b", "a"]), (["a", "b"],)]
+    assert first not in {content_hash(*parts) for parts in others}
+
+
+def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
+    path, made = tmp_path / "new" / "kept.json", []
+
+    def make() -> dict[str, Any]:
+        made.append(1)
+        return {"range": (1, 2), "nan": math.nan}
+
+    assert kept(path, make) == kept(path, make) == {"range": [1, 2], "nan": None}
+    assert made == [1]

@@ -64,6 +64,12 @@ def test_rouge_l_interval_is_a_bootstrap_over_pairs() -> None:
     assert rouge_l(answers[:1], references[:1]) == replace(found, f1=1.0, low=1.0, high=1.0, total=1)
 
 
+def test_rouge_l_interval_is_one_of_95_percent() -> None:
+    """Of 40 fair coins 14 is the 2.5 % quantile (P(13 or less) = 1.9 %, P(14 or less) = 4.0 %), and 26 the 97.5 %."""
+    found = rouge_l(["a b"] * 20 + ["c d"] * 20, ["a b"] * 40, bootstrap=20_000)
+    assert (found.low, found.high) == (14 / 40, 26 / 40)
+
+
 def test_rouge_l_seed_is_used() -> None:
     answers = ["a b c d", "a", "b", "a c", "d e", "a f g"]
     references = ["a b c d e", "a b", "a b c", "a c", "d f", "a g"]

@@ -1,15 +1,24 @@
-"""The gap in text: both statistics, what the interval is over, and which one the range was read off."""
+"""What the terminal prints, word for word: the gap by both statistics, what its interval is over, sweeps."""
 
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 import torch
 from test_divergence import random_sets
 from test_plots import curve_of
 
 from safety_mech import LayerRange
-from safety_mech.divergence import gap_curve, gap_difference
-from safety_mech.tables import bootstrap_text, difference_sentence, gap_sentence, gap_table
+from safety_mech.divergence import GapDifference, SymmetricGap, gap_curve, gap_difference
+from safety_mech.search import Sweep
+from safety_mech.tables import (
+    bootstrap_text,
+    difference_sentence,
+    gap_sentence,
+    gap_table,
+    layers_text,
+    sweep_table,
+)
 
 CURVE = curve_of(3.0)
 """Paper 3 degrees in the last layer, 2.5 to 3.5; symmetric 6, 5.5 to 6.5; p 0.01."""
@@ -55,3 +64,36 @@ def test_a_difference_is_said_by_both_statistics():
     assert said.startswith(f"{float(difference.gap.max()):.2f} degrees [")
     assert f"; symmetric {float(difference.symmetric.gap.max()):.2f} degrees [" in said
     assert torch.equal(difference.symmetric.spread_alone, difference.symmetric.null.mean(0))
+
+
+def difference_of(low: list[float]) -> GapDifference:
+    bounds = torch.tensor(low, dtype=torch.float64)
+    samples = torch.zeros(2, len(low), dtype=torch.float64)
+    parts = (bounds + 1, bounds, bounds + 2, torch.full_like(bounds, 0.5), 0.25, samples, samples)
+    return GapDifference(*parts, symmetric=SymmetricGap(*parts, permuted=samples))
+
+
+@pytest.mark.parametrize(
+    ("low", "where"),
+    [
+        ([-1.0, 0.0, 0.5, 0.25], "above 0 in layers 2-3"),  # 0 itself is not above 0
+        ([0.0, -0.5], "above 0 in no layer"),
+        ([0.5, 0.0, 0.25], "above 0 in layers 0, 2"),
+    ],
+)
+def test_a_difference_is_above_0_where_its_lower_bound_is(low: list[float], where: str) -> None:
+    peak = max(range(len(low)), key=low.__getitem__)
+    expected = f"{low[peak] + 1:.2f} degrees [{low[peak]:.2f}, {low[peak] + 2:.2f}] at layer {peak}, {where} "
+    assert difference_sentence(difference_of(low)).startswith(f"{expected}(p over all layers 0.250); symmetric")
+
+
+def test_runs_end_where_a_layer_is_missing() -> None:
+    assert layers_text([0, 1, 3, 4, 5, 7]) == "0-1, 3-5, 7"
+
+
+def test_a_sweep_has_its_best_in_stars() -> None:
+    ranges = tuple(LayerRange(3, end) for end in (4, 5, 6))
+    assert sweep_table(Sweep("upper", ranges, (0.5, 1.25, -1.0), ranges[1]), "value").splitlines() == [
+        "upper bound   [3, 4]  *[3, 5]*  [3, 6]",
+        "value          0.500     1.250  -1.000",
+    ]

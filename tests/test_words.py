@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from safety_mech import QuestionAttention, by_word, question_attention, word_shares
+from safety_mech.agreement import resampled_counts
 from safety_mech.words import FUNCTION_WORDS, KINDS, is_function_word, mean_interval, split_words
 
 PROMPT = "How do I trick my neighbour's cat?"
@@ -146,6 +147,14 @@ def test_the_interval_covers_the_true_mean_as_often_as_it_says():
     assert 0.90 < float(((low < 0) & (high > 0)).double().mean()) < 0.98
     narrow_low, narrow_high = (low + mean) / 2, (high + mean) / 2
     assert float(((narrow_low < 0) & (narrow_high > 0)).double().mean()) < 0.8
+
+
+@pytest.mark.parametrize(("level", "tails"), [(0.5, (0.25, 0.75)), (0.95, (0.025, 0.975))])
+def test_the_intervals_bounds_are_quantiles_of_its_level(level, tails):
+    values = torch.randn(12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    means = resampled_counts(1000, 12, torch.Generator().manual_seed(0)) @ values / 12
+    _, *found = mean_interval(values, level=level)
+    assert [float(bound) for bound in found] == pytest.approx(np.quantile(means.numpy(), tails).tolist())
 
 
 def test_the_interval_is_seeded_and_of_any_shape():
