@@ -10,8 +10,8 @@ layer where the raw gap is largest, with bootstrap intervals over prompts. How s
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from safety_mech.agreement import Estimate
 from safety_mech.chat import check_template_name, encode_chat, tokenizer_of
 from safety_mech.command_line import run
 from safety_mech.controls import Matched, match_prompts, single_topics, topic_halves
-from safety_mech.divergence import angle_matrix, labelled_gaps
+from safety_mech.divergence import GapStatistic, Statistic, angle_matrix, chosen, labelled_gaps
 from safety_mech.models import BASE_OF, find_source
 from safety_mech.plots import STYLES, layer_axis, new_figure
 from safety_mech.prompts import prompt_hash, shipped_rows
@@ -52,6 +52,8 @@ class ValidityConfig:
     """Split of the shipped normal prompts, whose topics are the control for topic."""
     n_matched: int = 48
     """Pairs of equal token length and most similar words, picked out of `normal` and `malicious`."""
+    statistic: Statistic = "paper"
+    """The gap that is controlled: paper (N-M minus N-N) or symmetric (N-M minus the mean of N-N and M-M)."""
     template: str = "own"
     splits: int = 500
     """Random splits of the topics in halves."""
@@ -65,11 +67,11 @@ class ValidityConfig:
 
 @dataclass(frozen=True)
 class ModelCurves:
-    """Gap curves of one model, and the gaps of harmless topics."""
+    """Gaps of one model by one statistic, and those of harmless topics."""
 
-    raw: sm.GapCurve
-    pairs: sm.GapCurve
-    matched: sm.GapCurve
+    raw: GapStatistic
+    pairs: GapStatistic
+    matched: GapStatistic
     halves: Float[Tensor, "sample layer"]
     single: Float[Tensor, "sample layer"]
 
@@ -112,10 +114,10 @@ def main(config: ValidityConfig) -> Path:
     assert matched is not None
     own, base = curves[config.model], curves[base_name] if base_name else None
     layer = int(own.raw.gap.argmax())
-    rows = survivals(own, base, layer)
-    text = table(rows, own.raw, layer, matched)
+    rows = survivals(own, base, layer, config.statistic)
+    text = table(rows, own.raw, layer, matched, config.statistic)
     print(text)
-    figure, prompt_hashes = plot_controls(curves), sets.hashes()
+    figure, prompt_hashes = plot_controls(curves, config.statistic), sets.hashes()
     written = write_run(
         config.out,
         "validity",
@@ -143,6 +145,8 @@ def main(config: ValidityConfig) -> Path:
 
 
 CURVES = ("raw", "pairs", "matched")
+NULL_OF: dict[Statistic, str] = {"paper": "shuffled labels", "symmetric": "spread alone (reflected prompts)"}
+"""What `GapStatistic.null` holds."""
 
 
 def check_and_load(config: ValidityConfig) -> Sets:
@@ -181,7 +185,11 @@ def measure(model: HookedTransformer, sets: Sets, matched: Matched, config: Vali
             [pair.malicious for pair in sets.pairs],
         )
     )
-    curve = partial(sm.gap_curve, bootstrap=config.bootstrap, permutations=config.permutations, seed=config.seed)
+    options: dict[str, Any] = {"bootstrap": config.bootstrap, "permutations": config.permutations, "seed": config.seed}
+
+    def curve(first: Tensor, second: Tensor, paired: bool = False) -> GapStatistic:
+        return chosen(sm.gap_curve(first, second, paired=paired, **options), config.statistic)
+
     rows_m, rows_n = (list(side) for side in zip(*matched.pairs, strict=True))
     angles = angle_matrix(topics)
     halves = topic_halves(sets.topics, config.splits, config.seed)
@@ -189,19 +197,20 @@ def measure(model: HookedTransformer, sets: Sets, matched: Matched, config: Vali
         curve(normal, malicious),
         curve(twin_n, twin_m, paired=True),
         curve(normal[rows_n], malicious[rows_m], paired=True),
-        labelled_gaps(angles, halves.double()),
-        labelled_gaps(angles, single_topics(sets.topics).double()),
+        labelled_gaps(angles, halves.double(), statistic=config.statistic),
+        labelled_gaps(angles, single_topics(sets.topics).double(), statistic=config.statistic),
     )
 
 
 # --- what survives ----------------------------------------------------------------------------------------------------
 
 
-def survivals(own: ModelCurves, base: ModelCurves | None, layer: int) -> list[Survival]:
+def survivals(own: ModelCurves, base: ModelCurves | None, layer: int, statistic: Statistic = "paper") -> list[Survival]:
     """Every control's rest of the raw gap at `layer`; last, the least of all of them.
 
-    Nulls (topics, shuffled labels) are subtracted at their 97.5 % quantile, the topic that parts most at its gap. The
-    base is subtracted draw by draw, for both models are measured on the same prompts.
+    Nulls (topics, shuffled labels; for the symmetric statistic, what spread alone makes) are subtracted at their
+    97.5 % quantile, the topic that parts most at its gap. The base is subtracted draw by draw, for both models are
+    measured on the same prompts.
     """
     raw, at = own.raw.samples[:, layer], float(own.raw.gap[layer])
 
@@ -210,7 +219,7 @@ def survivals(own: ModelCurves, base: ModelCurves | None, layer: int) -> list[Su
 
     rows = {
         "none: the raw gap": (at, raw),
-        "shuffled labels": minus(at, raw, null(own.raw.null, 0.975)),
+        NULL_OF[statistic]: minus(at, raw, null(own.raw.null, 0.975)),
         "two halves of the harmless topics": minus(at, raw, null(own.halves, 0.975)),
         "one harmless topic against the rest": minus(at, raw, null(own.single, 1.0)),
         "matched pairs": (float(own.pairs.gap[layer]), own.pairs.samples[:, layer]),
@@ -238,9 +247,10 @@ def interval(value: float, samples: Samples) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
-def table(rows: list[Survival], raw: sm.GapCurve, layer: int, matched: Matched) -> str:
+def table(rows: list[Survival], raw: GapStatistic, layer: int, matched: Matched, statistic: Statistic) -> str:
+    name = "raw gap" if statistic == "paper" else "symmetric raw gap"
     lines = [
-        f"the raw gap is largest at layer {layer} (p over all layers {raw.p_any:.3f}); what is left of it there:",
+        f"the {name} is largest at layer {layer} (p over all layers {raw.p_any:.3f}); what is left of it there:",
         f"{'control':<64}{'degrees':<22}share of the raw gap",
     ]
     lines += [f"{row.control:<64}{row.left!s:<22}{row.share}" for row in rows]
@@ -267,12 +277,12 @@ def page_of(
     return report_page(f"How much of the gap of {config.model} is harm?", lead, sections)
 
 
-def plot_controls(curves: Mapping[str, ModelCurves]) -> Figure:
+def plot_controls(curves: Mapping[str, ModelCurves], statistic: Statistic = "paper") -> Figure:
     """One panel a model: raw gap with its interval, curves of the matched sets, and the null bands."""
     figure, axes = new_figure(columns=len(curves), width=6.5, height=4.6)
     lines = (("raw", "all prompts"), ("pairs", "matched pairs"), ("matched", "equal length, similar words"))
     for ax, (name, part) in zip(axes, curves.items(), strict=True):
-        band(ax, part.raw.null, "shuffled labels, 95 %", color="#999999", hatch=None)
+        band(ax, part.raw.null, f"{NULL_OF[statistic]}, 95 %", color="#999999", hatch=None)
         band(ax, part.halves, "harmless topics in halves, 95 %", color="#56B4E9", hatch="\\\\")
         layers = range(part.raw.n_layers)
         ax.plot(layers, part.single.max(0).values.numpy(), color="black", linewidth=0.8, linestyle=(0, (1, 1)))
@@ -284,7 +294,7 @@ def plot_controls(curves: Mapping[str, ModelCurves]) -> Figure:
         ax.axhline(0, color="black", linewidth=0.8)
         layer_axis(ax, part.raw.n_layers)
         ax.set_title(Path(name).name, fontsize=10)
-        ax.set_ylabel("angle gap (degrees)")
+        ax.set_ylabel("angle gap (degrees)" if statistic == "paper" else "symmetric gap (degrees)")
     axes[0].legend(fontsize=7, frameon=False)
     limits = [bound for ax in axes for bound in ax.get_ylim()]
     for ax in axes:

@@ -104,6 +104,33 @@ def test_what_is_left_by_hand(validity):
     assert rows[1].left.low < rows[1].left.value < rows[1].left.high
 
 
+def test_the_statistic_is_that_of_all_controls(validity, config_for, monkeypatch):
+    """Every curve and null of `measure` is the one that was asked for, from the same residual streams."""
+    generator = torch.Generator().manual_seed(0)
+    streams = {}
+
+    def residuals(model: object, prompts: list[str], *_: object, **__: object) -> torch.Tensor:
+        for prompt in prompts:
+            streams.setdefault(prompt, torch.randn(2, 5, generator=generator))
+        return torch.stack([streams[prompt] for prompt in prompts])
+
+    monkeypatch.setattr(sm, "last_token_residuals", residuals)
+    sets = validity.check_and_load(config_for())
+    matched = SimpleNamespace(pairs=((0, 1), (1, 0), (2, 2)))
+    found = {name: validity.measure(None, sets, matched, config_for(statistic=name)) for name in ("paper", "symmetric")}
+    curve = sm.gap_curve(
+        *(residuals(None, part) for part in (sets.normal, sets.malicious)), bootstrap=5, permutations=5
+    )
+    assert torch.equal(found["paper"].raw.gap, curve.gap)
+    assert torch.equal(found["symmetric"].raw.gap, curve.symmetric.gap)
+    for part in ("pairs", "matched"):
+        assert not torch.allclose(getattr(found["paper"], part).gap, getattr(found["symmetric"], part).gap)
+    for part in ("halves", "single"):
+        assert not torch.allclose(getattr(found["paper"], part), getattr(found["symmetric"], part))
+    rows = validity.survivals(found["symmetric"], None, 0, "symmetric")
+    assert rows[1].control == "spread alone (reflected prompts)"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
