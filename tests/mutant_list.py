@@ -186,7 +186,14 @@ MUTANTS = (
     # evaluate
     Mutant("answers_of_8_tokens", "evaluate.py", "threshold", "ANSWER_TOKENS = 16", "ANSWER_TOKENS = 8"),
     Mutant("babble_counts_as_answer", "evaluate.py", "bound", "~self.refused & ~self.babbled", "~self.refused"),
-    Mutant("wilson_width", "evaluate.py", "threshold", "square / (4 * total)", "square / (2 * total)"),
+    Mutant(
+        "wilson_width",
+        "evaluate.py",
+        "threshold",
+        "square / (4 * total)",
+        "square / (2 * total)",
+        "evaluate aligned",
+    ),
     Mutant("log_odds_of_zero", "evaluate.py", "bound", "(self.log_odds < 0)", "(self.log_odds <= 0)"),
     # export
     Mutant("half_state_stays", "export.py", "undo", "partial.unlink(missing_ok=True)", "pass"),

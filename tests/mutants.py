@@ -120,12 +120,16 @@ def write(path: Path, text: str) -> None:
     os.utime(path, (later, later))
 
 
-def judged(mutant: Mutant, tree: Path) -> Answer:
+def judged(mutant: Mutant, tree: Path, killer: str) -> Answer:
+    """`killer`: the test that killed it before, tried alone at first."""
     path = tree / source_of(mutant)
     whole, key, started = path.read_text("utf-8"), key_of(mutant, tree), perf_counter()
     write(path, mutated(mutant, whole))
     try:
-        status, log = run_tests(tree, tests_of(mutant))
+        for tests in ([f"tests/{killer}"] if killer else [], tests_of(mutant)):
+            status, log = run_tests(tree, tests) if tests else (0, "")
+            if status == 1:
+                break
     finally:
         write(path, whole)
     failed = re.search(r"^(?:FAILED|ERROR) tests/([\w./]+(?:::\w+)+)", log, re.MULTILINE)
@@ -182,7 +186,7 @@ def main() -> int:
         tree = Path(shutil.copytree(ROOT, Path(folder) / "tree", ignore=NOT_COPIED))
         for mutant in mutants:
             if kept.get(mutant.name, {}).get("key") != key_of(mutant, tree):
-                kept[mutant.name] = judged(mutant, tree)
+                kept[mutant.name] = judged(mutant, tree, kept.get(mutant.name, {}).get("by", ""))
                 KEPT.write_text(json.dumps(kept, indent=1))
             answer = kept[mutant.name]
             print(f"{answer['said']:<9} {answer['seconds']:>4} s  {mutant.name}  {answer['by']}", flush=True)

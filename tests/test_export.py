@@ -359,3 +359,24 @@ def test_a_failed_export_leaves_the_old_model(base, tmp_path, monkeypatch):
         export_transformers(model, base, folder, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_a_failed_rename_puts_the_old_model_back(base, tmp_path, monkeypatch):
+    """The old model is set aside already when the new one cannot take its place."""
+    model = load_model(base)
+    folder = export_transformers(model, base, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    renamed, own = [], Path.replace
+
+    def replace(path: Path, target: Path) -> Path:
+        renamed.append(path.name.split("-")[0])
+        if path.name.startswith(".partial-"):
+            raise OSError("busy")
+        return own(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OSError, match="busy"):
+        export_transformers(model, base, folder, overwrite=True)
+    assert renamed == ["out", ".partial", ".old"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
