@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from safety_mech.locators import (
     locate,
 )
 from safety_mech.margin import finite_slopes, log_odds_slopes, margin
-from safety_mech.patching import Patching, patch_twins
+from safety_mech.patching import Patching, equal_length_twins, patch_twins
 from safety_mech.refusal import openings_in_use
 from safety_mech.segments import best_ranges, best_segment
 
@@ -102,8 +103,20 @@ def test_patching(refusing_model, sets, answers):
         LOCATORS["patching"](refusing_model, replace(sets, pairs=()))
 
 
-def test_decision(refusing_model, sets, answers):
-    found = patch_twins(refusing_model, TWINS[:2], openings=sets.openings, what="resid", positions="answer")
+@pytest.fixture(scope="module")
+def decided(refusing_model: HookedTransformer, sets: PromptSets) -> PromptSets:
+    """Pairs that the model tells apart: of all three-letter prompts the likeliest refused, and the least likely."""
+    texts = ["".join(letters) for letters in product("XYZ", repeat=3)]
+    order = sm.refusal_log_odds(refusing_model, texts, openings=sets.openings).argsort(descending=True).tolist()
+    ranked = [texts[index] for index in order]
+    return replace(sets, pairs=[sm.PromptPair(*pair, "x") for pair in zip(ranked[:6], ranked[-6:], strict=True)])
+
+
+def test_decision(refusing_model, sets, decided):
+    answers = {name: LOCATORS[name](refusing_model, decided) for name in ("decision", "decision_window")}
+    pairs = equal_length_twins(refusing_model, decided.pairs)
+    assert len(pairs) >= 4
+    found = patch_twins(refusing_model, pairs, openings=sets.openings, what="resid", positions="answer")
     effect, whole = found.effect.mean(1), (found.malicious - found.normal).mean()
     shares = answers["decision"].scores
     torch.testing.assert_close(shares.cumsum(0), effect / whole)
@@ -151,8 +164,7 @@ def test_a_random_model_seldom_decides(sets, monkeypatch):
 
 
 def test_the_window_ends_with_the_decision(refusing_model, sets, monkeypatch):
-    """Here the decision is in layer 0, whose window is no wider: as if it were in layer 3."""
-    monkeypatch.setattr(locators, "first_run", lambda scores, least: sm.LayerRange(3, 3))
+    patched_with(monkeypatch, torch.tensor([0.0, 0.0, 0.0, 5.0])[:, None].repeat(1, 4))
     ranges = {name: LOCATORS[name](refusing_model, sets) for name in ("decision", "decision_window")}
     assert ranges["decision"].range == sm.LayerRange(3, 3)
     assert ranges["decision_window"].range == sm.LayerRange(3 - DECISION_LEAD, 3)

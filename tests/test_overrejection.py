@@ -118,7 +118,7 @@ def test_the_grid_is_its_cells(refusing_model, some_prompts):
             if end < start:
                 assert grid[start, end].isnan().all()
             else:
-                assert torch.equal(grid[start, end], single.log_odds(LayerRange(start, end)))
+                assert torch.equal(grid[start, end], single.log_odds(LayerRange(start, end)).sigmoid())
 
 
 # --- text ------------------------------------------------------------------------------------------------------------
@@ -236,16 +236,25 @@ def test_a_small_memory_changes_no_number(refusing_model, some_prompts, budget):
     rich, poor = measure(refusing_model, some_prompts), measure(refusing_model, some_prompts, memory_budget=budget)
     assert torch.equal(rich.grid().nan_to_num(), poor.grid().nan_to_num())
     assert rich.answers(SOME[2], whole=True) == poor.answers(SOME[2], whole=True)
-    assert (rich._log_odds.stride, len(rich._log_odds.unscaled)) == (1, N)
-    assert poor._log_odds.stride > 1
-    assert sorted(poor._log_odds.unscaled) == list(range(0, N, poor._log_odds.stride))
+    assert (rich._states("log-odds").stride, len(rich._states("log-odds").unscaled)) == (1, N)
+    kept = poor._states("log-odds")
+    assert kept.stride > 1
+    assert sorted(kept.unscaled) == list(range(0, N, kept.stride))
 
 
 def test_the_budget_is_kept(refusing_model, some_prompts):
     ranges = measure(refusing_model, some_prompts, memory_budget=30_000)
-    kept = sum(state.bytes for state in ranges._log_odds.unscaled.values())
-    assert 1 < len(ranges._log_odds.unscaled) < N
-    assert kept <= 30_000
+    unscaled = ranges._states("log-odds").unscaled
+    assert 1 < len(unscaled) < N
+    assert sum(state.bytes for state in unscaled.values()) <= 30_000
+
+
+def test_what_is_forgotten_is_measured_again(refusing_model, some_prompts):
+    ranges = measure(refusing_model, some_prompts)
+    first, evaluations = ranges.log_odds(LayerRange(1, 2)), ranges.evaluations
+    ranges.release()
+    assert torch.equal(ranges.log_odds(LayerRange(1, 2)), first)
+    assert ranges.evaluations == 2 * evaluations
 
 
 def test_the_order_of_asking_changes_no_number(refusing_model, some_prompts):
@@ -253,7 +262,7 @@ def test_the_order_of_asking_changes_no_number(refusing_model, some_prompts):
     ranges = measure(refusing_model, some_prompts)
     order = random.Random(0).sample(CELLS, len(CELLS))
     for layers in order:
-        assert torch.equal(ranges.log_odds(layers), grid[layers.start, layers.end])
+        assert torch.equal(ranges.probability(layers), grid[layers.start, layers.end])
     texts = {layers: ranges.answers(layers, whole=True) for layers in reversed(SOME)}
     again = measure(refusing_model, some_prompts)
     assert all(again.answers(layers, whole=True) == texts[layers] for layers in SOME)
@@ -301,7 +310,7 @@ def test_the_grid_costs_a_third_of_whole_forwards(n):
 def test_evaluations_by_hand(refusing_model, prompts, ranges, shared):
     assert layer_evaluations(ranges, N) == {"whole": N * len(ranges), "shared": shared}
     measured = measure(refusing_model, prompts[:2])
-    for layers in ranges:
+    for layers in (None, *ranges):
         measured.log_odds(layers)
     assert measured.evaluations == shared
 
@@ -313,7 +322,7 @@ def test_the_whole_grid_costs_what_the_formula_says(refusing_model, some_prompts
     if text:
         for layers in CELLS:
             ranges.refuses(layers)
-        assert ranges.evaluations == expected + N  # and the unscaled pass of the log-odds
+        assert ranges.evaluations == expected
     else:
         ranges.grid()
         assert ranges.evaluations == expected == 4 * 5 * 6 // 6 + 4
@@ -323,12 +332,11 @@ def test_evaluations_are_blocks_that_were_run(refusing_model, some_prompts):
     """Counted from outside: a block runs once on the opening and once on every batch."""
     runs = []
     ranges = measure(refusing_model, some_prompts)
-    before = ranges.evaluations
     every_block = [(lambda name: name.endswith("hook_resid_pre"), lambda x, hook: runs.append(len(x)))]
     with refusing_model.hooks(every_block):
         ranges.grid()
-    n_batches = len(ranges._log_odds.batches)
-    assert len(runs) == (ranges.evaluations - before) * (n_batches + 1)
+    n_batches = len(ranges._states("log-odds").batches)
+    assert len(runs) == ranges.evaluations * (n_batches + 1)
 
 
 # --- nothing is left behind, and errors ------------------------------------------------------------------------------
@@ -348,7 +356,7 @@ def test_no_hook_is_left(fresh_tiny_model, some_prompts):
 def test_no_gradient_is_kept(make_tiny_model, some_prompts):
     ranges = measure(make_tiny_model().requires_grad_(True), some_prompts)
     assert not ranges.log_odds(LayerRange(1, 2)).requires_grad
-    assert not any(state.opening.requires_grad for state in ranges._log_odds.unscaled.values())
+    assert not any(state.opening.requires_grad for state in ranges._states("log-odds").unscaled.values())
 
 
 @pytest.mark.parametrize(

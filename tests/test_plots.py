@@ -230,5 +230,5 @@ def test_the_grid_has_starts_upwards_and_ends_to_the_right() -> None:
     assert image.origin == "lower"
     located, best = ([line.get_xydata().tolist() for line in ax.lines][k] for k in (0, 2))
     assert (located, best) == ([[2.0, 0.0]], [[1.0, 1.0]])
-    assert legend_texts(ax) == ["located [0, 2]", "best of the grid, no wider: [1, 1]"]
+    assert legend_texts(ax) == ["located [0, 2]", "best of the grid: [1, 1]"]
     assert (ax.get_xlabel()[:3], ax.get_ylabel()[:5]) == ("end", "start")
