@@ -22,7 +22,7 @@ from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
 from safety_mech.models import BASE_OF, check_device, find_source
 from safety_mech.plots import plot_attention, plot_twins, plot_word_shares
-from safety_mech.prompts import draw, prompt_hash
+from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.report import Section, report_page
 from safety_mech.results import check_writable, write_run
 from safety_mech.words import KINDS, WordShares, mean_interval
@@ -55,7 +55,7 @@ class StagesConfig:
     pair: int = 0
     """Which matched pair of the test split is drawn."""
     n_prompts: int = 144
-    """Prompts of each set, at most."""
+    """Prompts of each set, at most: drawn with the seed, over all topics of a shipped set."""
     quick: bool = False
     """16 prompts of each set."""
     device: str | None = None
@@ -86,7 +86,8 @@ class StagesResult:
 
 
 def main(config: StagesConfig) -> StagesResult:
-    sets, twins, marked = check_config(config)
+    drawn, twins, marked = check_config(config)
+    sets = {name: part.prompts for name, part in drawn.items()}
     model = load(config.model, config.adapter, config)
     before, after = compared_layers(marked, model.cfg.n_layers)
     attentions = {name: attend(model, prompts, config) for name, prompts in sets.items()}
@@ -121,6 +122,7 @@ def main(config: StagesConfig) -> StagesResult:
             "before": before,
             "after": after,
             "prompt_hashes": prompt_hashes,
+            "prompt_ids": {name: part.ids for name, part in drawn.items()},
         },
         tensors={f"{name}.shares": part.shares for name, part in shares.items()},
         figures=figures,
@@ -130,7 +132,7 @@ def main(config: StagesConfig) -> StagesResult:
     return StagesResult(shares, changes, folder)
 
 
-def check_config(config: StagesConfig) -> tuple[dict[str, list[str]], sm.PromptPair, sm.LayerRange | None]:
+def check_config(config: StagesConfig) -> tuple[dict[str, Drawn], sm.PromptPair, sm.LayerRange | None]:
     """All that can be refused before a model is loaded; the prompt sets, the twins and the range to mark."""
     if config.n_prompts < 2:
         raise ValueError(f"n_prompts = {config.n_prompts}: expected at least 2 of each set")
@@ -148,10 +150,10 @@ def check_config(config: StagesConfig) -> tuple[dict[str, list[str]], sm.PromptP
     check_writable(config.out)
     count = min(config.n_prompts, QUICK_PROMPTS) if config.quick else config.n_prompts
     sources = {"malicious": config.malicious, "normal": config.normal}
-    sets = {name: draw(source, count, config.seed).prompts for name, source in sources.items()}
-    for name, prompts in sets.items():
-        if len(prompts) < 2:
-            raise ValueError(f"{name}: {len(prompts)} prompt: expected at least 2 for an interval")
+    sets = {name: draw(source, count, config.seed) for name, source in sources.items()}
+    for name, drawn in sets.items():
+        if len(drawn) < 2:
+            raise ValueError(f"{name}: {len(drawn)} prompt: expected at least 2 for an interval")
     return sets, pairs[config.pair], marked
 
 
