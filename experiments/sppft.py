@@ -47,9 +47,10 @@ from safety_mech.attacks import (
 from safety_mech.chat import check_template_name
 from safety_mech.command_line import run
 from safety_mech.dose import attack_cost, check_doses, difference, dose_meter, estimate, refusals_kept
-from safety_mech.evaluate import ANSWER_TOKENS, Rate, Responses, perplexity, refusal_rate, responses
+from safety_mech.evaluate import Rate, Responses, perplexity, refusal_rate, responses
 from safety_mech.export import export_transformers
 from safety_mech.finetune import Pair, StepRecord, TrainConfig, fine_tune
+from safety_mech.judge import JUDGED_TOKENS
 from safety_mech.measuring import resident, start_of_peak
 from safety_mech.methods import (
     Method,
@@ -647,7 +648,7 @@ def digest(bench: Bench, *parts: Any) -> str:
 def constants() -> list[Any]:
     """What a cell depends on beside settings and data."""
     return [
-        (TRIGGER, IMPLICIT_PREFIX, AFFIRMATIVE_OPENINGS, REFUSALS, ANSWER_TOKENS),
+        (TRIGGER, IMPLICIT_PREFIX, AFFIRMATIVE_OPENINGS, REFUSALS, JUDGED_TOKENS),
         (LISA_STEPS, LISA_RHO, LORA_RANK, LORA_ALPHA, DPO_BETA, str(TrainConfig())),
     ]
 
