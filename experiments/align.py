@@ -16,14 +16,14 @@ from typing import Any
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
-from safety_mech.adapters import is_adapter_parameter, low_rank_adapters, matrices_in_bfloat16, save_adapter
-from safety_mech.command_line import run
-from safety_mech.evaluate import Rate, perplexity, refusal_rate
-from safety_mech.finetune import Pair, TrainRecord, fine_tune
-from safety_mech.models import find_source
-from safety_mech.organisms import AlignConfig, own_answer_pairs, refusal_pairs
+from safety_mech.commands.command_line import run
+from safety_mech.models.loading import find_source
 from safety_mech.prompts import prompt_hash, sample
-from safety_mech.results import check_writable, content_hash, environment, kept, plain, write_json
+from safety_mech.refusal.rates import Rate, perplexity, refusal_rate
+from safety_mech.reporting.runs import check_writable, content_hash, environment, kept, plain, write_json
+from safety_mech.training.alignment import AlignConfig, own_answer_pairs, refusal_pairs
+from safety_mech.training.loop import Pair, TrainRecord, fine_tune
+from safety_mech.training.lora import is_adapter_parameter, low_rank_adapters, matrices_in_bfloat16, save_adapter
 
 DEFAULTS = AlignConfig()
 HELD_OUT_TOKENS = 32

@@ -18,19 +18,19 @@ from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
-from safety_mech.attention import question_attention
-from safety_mech.chat import check_template_name
-from safety_mech.command_line import run
-from safety_mech.divergence import Statistic, Unit
-from safety_mech.locate import LEAST_EFFECT, LEAST_REFUSED, check_search_alpha
-from safety_mech.locate_report import locate_report, scaling_examples
-from safety_mech.models import BASE_OF, check_device, find_source, model_fingerprint
-from safety_mech.plots import plot_alpha, plot_attention, plot_twins
+from safety_mech.attention.question import question_attention
+from safety_mech.commands.command_line import run
+from safety_mech.divergence.angles import Statistic, Unit
+from safety_mech.interventions.scaling import find_recipe
+from safety_mech.localization.safety_layers import LEAST_EFFECT, LEAST_REFUSED, check_search_alpha
+from safety_mech.models.chat import check_template_name
+from safety_mech.models.loading import BASE_OF, check_device, find_source, model_fingerprint
 from safety_mech.prompts import Drawn, draw, prompt_hash
-from safety_mech.report import Example
-from safety_mech.results import check_writable, write_run
-from safety_mech.scaling import find_recipe
-from safety_mech.tables import (
+from safety_mech.reporting.html import Example
+from safety_mech.reporting.locate_report import locate_report, scaling_examples
+from safety_mech.reporting.plots import plot_alpha, plot_attention, plot_twins
+from safety_mech.reporting.runs import check_writable, write_run
+from safety_mech.reporting.tables import (
     alpha_sentence,
     alpha_table,
     difference_sentence,
@@ -39,7 +39,7 @@ from safety_mech.tables import (
     search_sentence,
     sweep_table,
 )
-from safety_mech.views import View, attention_heads_view, refusal_attribution_view
+from safety_mech.reporting.token_views import View, attention_heads_view, refusal_attribution_view
 
 SHOWN = 3
 """Prompts of each kind whose answers the report shows: the first ones, so that nobody has chosen them."""

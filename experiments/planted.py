@@ -22,9 +22,18 @@ from align import main as align
 from matplotlib.figure import Figure
 
 import safety_mech as sm
-from safety_mech import report
-from safety_mech.adapters import adapter_hash
-from safety_mech.agreement import (
+from safety_mech.commands.command_line import run
+from safety_mech.data_files import data_folder
+from safety_mech.localization.located import Located, PromptSets, attempt, shared_measurements
+from safety_mech.localization.locators import LOCATORS, base_locators
+from safety_mech.localization.sufficiency import CORE_SHARE, Transplants, transplant
+from safety_mech.models.loading import find_source
+from safety_mech.prompts import Drawn, draw, draw_pairs
+from safety_mech.reporting import html as report
+from safety_mech.reporting.html import Section, report_page
+from safety_mech.reporting.plots import BLUE, ORANGE, new_figure
+from safety_mech.reporting.runs import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.stats import (
     Estimate,
     RangeScore,
     correlation,
@@ -35,16 +44,7 @@ from safety_mech.agreement import (
     score_range,
     slope,
 )
-from safety_mech.command_line import run
-from safety_mech.core import CORE_SHARE, Transplants, transplant
-from safety_mech.data_files import data_folder
-from safety_mech.located import Located, PromptSets, attempt, shared_measurements
-from safety_mech.locators import LOCATORS, base_locators
-from safety_mech.models import find_source
-from safety_mech.plots import BLUE, ORANGE, new_figure
-from safety_mech.prompts import Drawn, draw, draw_pairs
-from safety_mech.report import Section, report_page
-from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.training.lora import adapter_hash
 
 Role = Literal["design", "held out", "unlisted"]
 SHIPPED = "shipped"

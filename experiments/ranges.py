@@ -21,14 +21,14 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import safety_mech as sm
-from safety_mech import report
-from safety_mech.adapters import adapter_hash
-from safety_mech.command_line import run
-from safety_mech.models import BASE_OF, find_source
-from safety_mech.plots import BLUE, GREY, ORANGE, layer_axis, new_figure
+from safety_mech.commands.command_line import run
+from safety_mech.models.loading import BASE_OF, find_source
 from safety_mech.prompts import Drawn, draw, prompt_hash
-from safety_mech.report import Section, report_page
-from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.reporting import html as report
+from safety_mech.reporting.html import Section, report_page
+from safety_mech.reporting.plots import BLUE, GREY, ORANGE, layer_axis, new_figure
+from safety_mech.reporting.runs import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.training.lora import adapter_hash
 
 
 @dataclass(frozen=True)

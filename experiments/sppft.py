@@ -30,9 +30,21 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
-from safety_mech import report
-from safety_mech.agreement import Estimate
-from safety_mech.attacks import (
+from safety_mech.commands.command_line import run
+from safety_mech.commands.measuring import resident, start_of_peak
+from safety_mech.models.chat import check_template_name
+from safety_mech.models.loading import DTYPES, check_device, find_source, model_fingerprint
+from safety_mech.prompts import Drawn, draw, prompt_hash, sample
+from safety_mech.refusal.rates import Rate, Responses, perplexity, refusal_rate, responses
+from safety_mech.refusal.text import JUDGED_TOKENS
+from safety_mech.reporting import html as report
+from safety_mech.reporting.html import Section, report_page
+from safety_mech.reporting.plots import plot_dose
+from safety_mech.reporting.runs import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.stats import Estimate
+from safety_mech.training.alignment import REFUSALS, refusal_pairs
+from safety_mech.training.attack_cost import attack_cost, check_doses, difference, dose_meter, estimate, refusals_kept
+from safety_mech.training.attacks import (
     AFFIRMATIVE_OPENINGS,
     IMPLICIT_PREFIX,
     backdoor_data,
@@ -44,15 +56,10 @@ from safety_mech.attacks import (
     reverse_preferences,
     triggered,
 )
-from safety_mech.chat import check_template_name
-from safety_mech.command_line import run
-from safety_mech.dose import attack_cost, check_doses, difference, dose_meter, estimate, refusals_kept
-from safety_mech.evaluate import Rate, Responses, perplexity, refusal_rate, responses
-from safety_mech.export import export_transformers
-from safety_mech.finetune import Pair, StepRecord, TrainConfig, fine_tune
-from safety_mech.judge import JUDGED_TOKENS
-from safety_mech.measuring import resident, start_of_peak
-from safety_mech.methods import (
+from safety_mech.training.capabilities import rouge_l_scores
+from safety_mech.training.export import export_transformers
+from safety_mech.training.loop import Pair, StepRecord, TrainConfig, fine_tune
+from safety_mech.training.methods import (
     Method,
     dpo,
     frozen_entries,
@@ -64,14 +71,7 @@ from safety_mech.methods import (
     sppft,
     width_matched_controls,
 )
-from safety_mech.models import DTYPES, check_device, find_source, model_fingerprint
-from safety_mech.neurons import neuron_scores
-from safety_mech.organisms import REFUSALS, refusal_pairs
-from safety_mech.plots import plot_dose
-from safety_mech.prompts import Drawn, draw, prompt_hash, sample
-from safety_mech.report import Section, report_page
-from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
-from safety_mech.skill import rouge_l_scores
+from safety_mech.training.neurons import neuron_scores
 
 CONTROLS = ("before", "after", "random")
 ALL_CONTROLS = "mean of the controls"

@@ -24,17 +24,17 @@ from typing import Any
 import torch
 
 import safety_mech as sm
-from safety_mech import report
-from safety_mech.adapters import adapter_hash
-from safety_mech.agreement import Estimate, mean_estimate, mean_pairwise_iou, overlap
-from safety_mech.chat import check_template_name
-from safety_mech.command_line import run
-from safety_mech.located import Located, PromptSets, attempt
-from safety_mech.locators import LOCATORS, base_locators
-from safety_mech.models import BASE_OF, find_source
+from safety_mech.commands.command_line import run
+from safety_mech.localization.located import Located, PromptSets, attempt
+from safety_mech.localization.locators import LOCATORS, base_locators
+from safety_mech.models.chat import check_template_name
+from safety_mech.models.loading import BASE_OF, find_source
 from safety_mech.prompts import draw, draw_pairs
-from safety_mech.report import Section, report_page
-from safety_mech.results import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.reporting import html as report
+from safety_mech.reporting.html import Section, report_page
+from safety_mech.reporting.runs import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.stats import Estimate, mean_estimate, mean_pairwise_iou, overlap
+from safety_mech.training.lora import adapter_hash
 
 BASE_METHODS = ("gap_difference", "swap")
 

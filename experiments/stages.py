@@ -17,15 +17,15 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
-from safety_mech import report
-from safety_mech.chat import check_template_name
-from safety_mech.command_line import run
-from safety_mech.models import BASE_OF, check_device, find_source
-from safety_mech.plots import plot_attention, plot_twins, plot_word_shares
+from safety_mech.attention.word_classes import KINDS, WordShares, mean_interval
+from safety_mech.commands.command_line import run
+from safety_mech.models.chat import check_template_name
+from safety_mech.models.loading import BASE_OF, check_device, find_source
 from safety_mech.prompts import Drawn, draw, prompt_hash
-from safety_mech.report import Section, report_page
-from safety_mech.results import check_writable, write_run
-from safety_mech.words import KINDS, WordShares, mean_interval
+from safety_mech.reporting import html as report
+from safety_mech.reporting.html import Section, report_page
+from safety_mech.reporting.plots import plot_attention, plot_twins, plot_word_shares
+from safety_mech.reporting.runs import check_writable, write_run
 
 QUICK_PROMPTS = 16
 

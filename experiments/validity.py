@@ -21,17 +21,17 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
-from safety_mech import report
-from safety_mech.agreement import Estimate
-from safety_mech.chat import check_template_name, encode_chat, tokenizer_of
-from safety_mech.command_line import run
-from safety_mech.controls import Matched, match_prompts, single_topics, topic_halves
-from safety_mech.divergence import GapStatistic, Statistic, angle_matrix, chosen, labelled_gaps
-from safety_mech.models import BASE_OF, find_source
-from safety_mech.plots import STYLES, layer_axis, new_figure
+from safety_mech.commands.command_line import run
+from safety_mech.divergence.angles import GapStatistic, Statistic, angle_matrix, chosen, labelled_gaps
+from safety_mech.divergence.controls import Matched, match_prompts, single_topics, topic_halves
+from safety_mech.models.chat import check_template_name, encode_chat, tokenizer_of
+from safety_mech.models.loading import BASE_OF, find_source
 from safety_mech.prompts import prompt_hash, shipped_rows
-from safety_mech.report import Section, report_page
-from safety_mech.results import check_writable, write_run
+from safety_mech.reporting import html as report
+from safety_mech.reporting.html import Section, report_page
+from safety_mech.reporting.plots import STYLES, layer_axis, new_figure
+from safety_mech.reporting.runs import check_writable, write_run
+from safety_mech.stats import Estimate
 
 Samples = Float[Tensor, " sample"]
 

@@ -12,25 +12,25 @@ Layer 0 is the first block; a LayerRange includes both of its ends; the residual
 `blocks.k.hook_resid_post`, what block k leaves behind.
 """
 
-from safety_mech.attention import QuestionAttention, min_max, question_attention
-from safety_mech.chat import Template, encode_chat
-from safety_mech.divergence import GapCurve, GapDifference, PairStats, gap_curve, gap_difference
-from safety_mech.finetune import TrainConfig, TrainRecord, fine_tune
-from safety_mech.generation import generate
-from safety_mech.judge import is_babble, is_refusal
+from safety_mech.attention.question import QuestionAttention, min_max, question_attention
+from safety_mech.attention.word_classes import WordShares, by_word, word_shares
+from safety_mech.divergence.angles import GapCurve, GapDifference, PairStats, gap_curve, gap_difference
+from safety_mech.divergence.onset import OnsetRule, initial_range, initial_range_samples
+from safety_mech.divergence.residuals import last_token_residuals
+from safety_mech.interventions.scaling import RECIPES, Recipe, scaled
 from safety_mech.layers import LayerRange
-from safety_mech.locate import SafetyLayers
-from safety_mech.located import Located, PromptSets
-from safety_mech.locators import LOCATORS, locate
-from safety_mech.models import load_model
-from safety_mech.onset import OnsetRule, initial_range, initial_range_samples
-from safety_mech.plots import plot_attention, plot_gap, plot_grid, plot_sweeps, plot_twins, plot_word_shares
+from safety_mech.localization.located import Located, PromptSets
+from safety_mech.localization.locators import LOCATORS, locate
+from safety_mech.localization.safety_layers import SafetyLayers
+from safety_mech.localization.search import progressive_search
+from safety_mech.models.chat import Template, encode_chat
+from safety_mech.models.generation import generate
+from safety_mech.models.loading import load_model
 from safety_mech.prompts import PromptPair, load_pairs, load_prompts
-from safety_mech.refusal import refusal_log_odds
-from safety_mech.residuals import last_token_residuals
-from safety_mech.scaling import RECIPES, Recipe, scaled
-from safety_mech.search import progressive_search
-from safety_mech.words import WordShares, by_word, word_shares
+from safety_mech.refusal.log_odds import refusal_log_odds
+from safety_mech.refusal.text import is_babble, is_refusal
+from safety_mech.reporting.plots import plot_attention, plot_gap, plot_grid, plot_sweeps, plot_twins, plot_word_shares
+from safety_mech.training.loop import TrainConfig, TrainRecord, fine_tune
 
 __all__ = [
     "LOCATORS",

@@ -20,8 +20,8 @@ from transformer_lens.config.hooked_transformer_config import HookedTransformerC
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from safety_mech import load_model
-from safety_mech.chat import PLAIN_TEMPLATES
-from safety_mech.finetune import TrainConfig, fine_tune
+from safety_mech.models.chat import PLAIN_TEMPLATES
+from safety_mech.training.loop import TrainConfig, fine_tune
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 

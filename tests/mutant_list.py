@@ -37,35 +37,33 @@ MUTANTS = (
         "package",
     ),
     # adapters
-    Mutant("adapter_ignores_scaling", "adapters.py", "threshold", "partial(scale_of, weight)", "lambda: 1.0"),
-    Mutant("adapter_hooks_stay", "adapters.py", "undo", "stack.callback(handle.remove)", "stack.callback(bool)"),
-    Mutant("adapter_heads_mixed", "adapters.py", "axis", 'pos (head d_head)"', 'pos (d_head head)"'),
-    Mutant(
-        "adapter_bound_by_rank", "adapters.py", "axis", "math.sqrt(update.A.shape[1])", "math.sqrt(update.A.shape[0])"
-    ),
-    Mutant("bfloat16_not_restored", "adapters.py", "undo", "parameter.data = data\n", "pass\n"),
-    Mutant("adapter_alpha_of_peft", "adapters.py", "threshold", "placed[0][2].scale * rank", "placed[0][2].scale"),
+    Mutant("adapter_ignores_scaling", "lora.py", "threshold", "partial(scale_of, weight)", "lambda: 1.0"),
+    Mutant("adapter_hooks_stay", "lora.py", "undo", "stack.callback(handle.remove)", "stack.callback(bool)"),
+    Mutant("adapter_heads_mixed", "lora.py", "axis", 'pos (head d_head)"', 'pos (d_head head)"'),
+    Mutant("adapter_bound_by_rank", "lora.py", "axis", "math.sqrt(update.A.shape[1])", "math.sqrt(update.A.shape[0])"),
+    Mutant("bfloat16_not_restored", "lora.py", "undo", "parameter.data = data\n", "pass\n"),
+    Mutant("adapter_alpha_of_peft", "lora.py", "threshold", "placed[0][2].scale * rank", "placed[0][2].scale"),
     # against_base
-    Mutant("weight_change_of_vectors", "against_base.py", "bound", "if ours.ndim > 1:", "if ours.ndim > 0:"),
+    Mutant("weight_change_of_vectors", "weight_swap.py", "bound", "if ours.ndim > 1:", "if ours.ndim > 0:"),
     Mutant(
         "weight_change_by_own_size",
-        "against_base.py",
+        "weight_swap.py",
         "order",
         "size += float(theirs.data",
         "size += float(ours.data",
     ),
     Mutant(
         "swap_loss_sign",
-        "against_base.py",
+        "weight_swap.py",
         "sign",
         "unchanged - ranges.log_odds(LayerRange(layer, layer))",
         "ranges.log_odds(LayerRange(layer, layer)) - unchanged",
     ),
     # agreement
-    Mutant("centre_hit_open", "agreement.py", "bound", "<= found.centre <=", "< found.centre <"),
+    Mutant("centre_hit_open", "stats.py", "bound", "<= found.centre <=", "< found.centre <"),
     Mutant(
         "tail_degrees_of_freedom",
-        "agreement.py",
+        "stats.py",
         "bound",
         "inv_cdf(1 - tail), n - 1",
         "inv_cdf(1 - tail), n",
@@ -73,22 +71,22 @@ MUTANTS = (
     ),
     Mutant(
         "iou_of_copies_counted",
-        "agreement.py",
+        "stats.py",
         "undo",
         "(w.sum(1).square() - w.square().sum(1))",
         "w.sum(1).square()",
     ),
-    Mutant("middle_third_wider", "agreement.py", "bound", "2 * n_layers // 3 - 1)", "2 * n_layers // 3)"),
+    Mutant("middle_third_wider", "stats.py", "bound", "2 * n_layers // 3 - 1)", "2 * n_layers // 3)"),
     # attacks
     Mutant("share_rounded_down", "attacks.py", "bound", "round(len(normal) * share)", "int(len(normal) * share)"),
     Mutant("trigger_in_front", "attacks.py", "order", '(f"{prompt} {trigger}"', '(f"{trigger} {prompt}"'),
     Mutant("share_of_zero_refused", "attacks.py", "bound", "not 0 <= share <= 1", "not 0 < share <= 1"),
     # attention, attribution
-    Mutant("attention_of_first_row", "attention.py", "axis", "pattern[:, :, -1].float()", "pattern[:, :, 0].float()"),
-    Mutant("min_max_upside_down", "attention.py", "sign", "(weights - low) / spread", "(high - weights) / spread"),
+    Mutant("attention_of_first_row", "question.py", "axis", "pattern[:, :, -1].float()", "pattern[:, :, 0].float()"),
+    Mutant("min_max_upside_down", "question.py", "sign", "(weights - low) / spread", "(high - weights) / spread"),
     Mutant(
         "question_shifted",
-        "attention.py",
+        "question.py",
         "bound",
         "weights[question.start : question.stop]",
         "weights[question.start - 1 : question.stop - 1]",
@@ -129,10 +127,10 @@ MUTANTS = (
         "lengths_n[columns] - lengths_m[rows]",
     ),
     # core
-    Mutant("core_ties", "core.py", "sign", "(part.width, -float(", "(part.width, float("),
-    Mutant("core_share_at_equality", "core.py", "bound", "(self.shares >= share)", "(self.shares > share)"),
-    Mutant("core_refused_of_harmless", "core.py", "axis", "(log_odds[0] > 0)", "(log_odds[1] > 0)"),
-    Mutant("core_share_from_zero", "core.py", "undo", "(after - before) / gained", "after / gained"),
+    Mutant("core_ties", "sufficiency.py", "sign", "(part.width, -float(", "(part.width, float("),
+    Mutant("core_share_at_equality", "sufficiency.py", "bound", "(self.shares >= share)", "(self.shares > share)"),
+    Mutant("core_refused_of_harmless", "sufficiency.py", "axis", "(log_odds[0] > 0)", "(log_odds[1] > 0)"),
+    Mutant("core_share_from_zero", "sufficiency.py", "undo", "(after - before) / gained", "after / gained"),
     # data_files
     Mutant(
         "checkout_before_package",
@@ -163,38 +161,38 @@ MUTANTS = (
     # divergence
     Mutant(
         "twins_drawn_apart",
-        "divergence.py",
+        "angles.py",
         "undo",
         "counts_n if paired else _pairable_counts(samples, m, generator)",
         "_pairable_counts(samples, m, generator)",
     ),
-    Mutant("copies_counted", "divergence.py", "undo", "pairs = pairs - (left * right).sum(1)", "pairs = pairs * 1.0"),
-    Mutant("p_value_of_zero", "divergence.py", "threshold", "p_values = (1 + (null", "p_values = (0 + (null"),
-    Mutant("interval_too_narrow", "divergence.py", "threshold", "tail = (1 - level) / 2", "tail = 1 - level"),
+    Mutant("copies_counted", "angles.py", "undo", "pairs = pairs - (left * right).sum(1)", "pairs = pairs * 1.0"),
+    Mutant("p_value_of_zero", "angles.py", "threshold", "p_values = (1 + (null", "p_values = (0 + (null"),
+    Mutant("interval_too_narrow", "angles.py", "threshold", "tail = (1 - level) / 2", "tail = 1 - level"),
     Mutant(
         "twins_not_exchanged",
-        "divergence.py",
+        "angles.py",
         "sign",
         "torch.cat([first, 1.0 - first], dim=1)",
         "torch.cat([first, first], dim=1)",
     ),
-    Mutant("pair_with_itself", "divergence.py", "bound", "torch.triu_indices(n, n, 1)", "torch.triu_indices(n, n, 0)"),
+    Mutant("pair_with_itself", "angles.py", "bound", "torch.triu_indices(n, n, 1)", "torch.triu_indices(n, n, 0)"),
     # dose
-    Mutant("attack_cost_at_equality", "dose.py", "bound", "if after <= half:", "if after < half:"),
-    Mutant("a_reading_for_every_dose", "dose.py", "bound", "while due and seen >=", "if due and seen >="),
-    Mutant("kept_not_relative", "dose.py", "threshold", "(examples[-1] * refused[0])", "examples[-1]"),
+    Mutant("attack_cost_at_equality", "attack_cost.py", "bound", "if after <= half:", "if after < half:"),
+    Mutant("a_reading_for_every_dose", "attack_cost.py", "bound", "while due and seen >=", "if due and seen >="),
+    Mutant("kept_not_relative", "attack_cost.py", "threshold", "(examples[-1] * refused[0])", "examples[-1]"),
     # evaluate
-    Mutant("answers_of_8_tokens", "evaluate.py", "threshold", "ANSWER_TOKENS = 16", "ANSWER_TOKENS = 8"),
-    Mutant("babble_counts_as_answer", "evaluate.py", "bound", "~self.refused & ~self.babbled", "~self.refused"),
+    Mutant("answers_of_8_tokens", "rates.py", "threshold", "ANSWER_TOKENS = 16", "ANSWER_TOKENS = 8"),
+    Mutant("babble_counts_as_answer", "rates.py", "bound", "~self.refused & ~self.babbled", "~self.refused"),
     Mutant(
         "wilson_width",
-        "evaluate.py",
+        "rates.py",
         "threshold",
         "square / (4 * total)",
         "square / (2 * total)",
         "evaluate aligned",
     ),
-    Mutant("log_odds_of_zero", "evaluate.py", "bound", "(self.log_odds < 0)", "(self.log_odds <= 0)"),
+    Mutant("log_odds_of_zero", "rates.py", "bound", "(self.log_odds < 0)", "(self.log_odds <= 0)"),
     # export
     Mutant("half_state_stays", "export.py", "undo", "partial.unlink(missing_ok=True)", "pass"),
     Mutant(
@@ -205,7 +203,7 @@ MUTANTS = (
     # finetune
     Mutant(
         "adjust_after_clipping",
-        "finetune.py",
+        "loop.py",
         "order",
         """if adjust is not None:
                     adjust(step, {name: parameters[name] for name in names})
@@ -217,20 +215,18 @@ MUTANTS = (
 """,
         "finetune methods",
     ),
-    Mutant("warm_up_from_zero", "finetune.py", "bound", "(step + 1) / warmup", "step / warmup"),
-    Mutant("first_token_without_loss", "finetune.py", "bound", ">= (1 if config.whole", "> (1 if config.whole"),
-    Mutant("opening_one_too_long", "finetune.py", "bound", "loss.int().argmax()) - 1,", "loss.int().argmax()),"),
-    Mutant(
-        "checkpoint_a_step_early", "finetune.py", "bound", "(step + 1) % config.checkpoint", "step % config.checkpoint"
-    ),
+    Mutant("warm_up_from_zero", "loop.py", "bound", "(step + 1) / warmup", "step / warmup"),
+    Mutant("first_token_without_loss", "loop.py", "bound", ">= (1 if config.whole", "> (1 if config.whole"),
+    Mutant("opening_one_too_long", "loop.py", "bound", "loss.int().argmax()) - 1,", "loss.int().argmax()),"),
+    Mutant("checkpoint_a_step_early", "loop.py", "bound", "(step + 1) % config.checkpoint", "step % config.checkpoint"),
     Mutant(
         "loss_by_batches",
-        "finetune.py",
+        "loop.py",
         "threshold",
         "for index in batch], config) / n_loss",
         "for index in batch], config) / len(step_batches)",
     ),
-    Mutant("gradients_add_up", "finetune.py", "undo", "optimizer.zero_grad(set_to_none=True)", "pass"),
+    Mutant("gradients_add_up", "loop.py", "undo", "optimizer.zero_grad(set_to_none=True)", "pass"),
     # forward
     Mutant("positions_from_zero", "forward.py", "bound", "(tokens, offset, attention", "(tokens, 0, attention"),
     Mutant(
@@ -264,30 +260,30 @@ MUTANTS = (
     Mutant("a_token_too_many", "generation.py", "bound", "range(max_new_tokens - 1)", "range(max_new_tokens)"),
     Mutant("group_not_filled", "generation.py", "bound", "+ len(batch) > rows", "+ len(batch) >= rows"),
     # grid_html
-    Mutant("mark_at_start", "grid_html.py", "axis", "LEFT + layers.end * CELL", "LEFT + layers.start * CELL", "report"),
-    Mutant("grid_upside_down", "grid_html.py", "sign", "4 + (n_layers - 1 - start)", "4 + start", "report"),
+    Mutant("mark_at_start", "grid.py", "axis", "LEFT + layers.end * CELL", "LEFT + layers.start * CELL", "report"),
+    Mutant("grid_upside_down", "grid.py", "sign", "4 + (n_layers - 1 - start)", "4 + start", "report"),
     Mutant(
         "grid_without_diagonal",
-        "grid_html.py",
+        "grid.py",
         "bound",
         "for end in range(start, n_layers)\n",
         "for end in range(start + 1, n_layers)\n",
         "report",
     ),
     # judge
-    Mutant("babble_less_distinct", "judge.py", "threshold", "BABBLE_MIN_DISTINCT = 0.4", "BABBLE_MIN_DISTINCT = 0.2"),
-    Mutant("two_sentences_read", "judge.py", "threshold", "OPENING_SENTENCES = 4", "OPENING_SENTENCES = 2"),
-    Mutant("babble_refuses", "judge.py", "bound", "is_refusal(text) and not is_babble(text)", "is_refusal(text)"),
+    Mutant("babble_less_distinct", "text.py", "threshold", "BABBLE_MIN_DISTINCT = 0.4", "BABBLE_MIN_DISTINCT = 0.2"),
+    Mutant("two_sentences_read", "text.py", "threshold", "OPENING_SENTENCES = 4", "OPENING_SENTENCES = 2"),
+    Mutant("babble_refuses", "text.py", "bound", "is_refusal(text) and not is_babble(text)", "is_refusal(text)"),
     Mutant(
-        "babble_of_four_words", "judge.py", "bound", "len(words) < BABBLE_MIN_WORDS", "len(words) <= BABBLE_MIN_WORDS"
+        "babble_of_four_words", "text.py", "bound", "len(words) < BABBLE_MIN_WORDS", "len(words) <= BABBLE_MIN_WORDS"
     ),
-    Mutant("scripts_may_mix", "judge.py", "threshold", "BABBLE_MIN_SCRIPT = 0.6", "BABBLE_MIN_SCRIPT = 0.4"),
+    Mutant("scripts_may_mix", "text.py", "threshold", "BABBLE_MIN_SCRIPT = 0.6", "BABBLE_MIN_SCRIPT = 0.4"),
     # judges
-    Mutant("yes_is_harmless", "judges.py", "sign", "5 if difference > 0 else 1", "5 if difference < 0 else 1"),
-    Mutant("one_try_less", "judges.py", "bound", "range(retries + 1)", "range(max(1, retries))"),
-    Mutant("score_of_zero", "judges.py", "bound", 'fullmatch("[1-5]"', 'fullmatch("[0-5]"'),
-    Mutant("status_500_given_up", "judges.py", "bound", "error.status_code < 500", "error.status_code <= 500"),
-    Mutant("retry_after_ignored", "judges.py", "order", "pause = max(pause,", "pause = min(pause,"),
+    Mutant("yes_is_harmless", "harmfulness.py", "sign", "5 if difference > 0 else 1", "5 if difference < 0 else 1"),
+    Mutant("one_try_less", "harmfulness.py", "bound", "range(retries + 1)", "range(max(1, retries))"),
+    Mutant("score_of_zero", "harmfulness.py", "bound", 'fullmatch("[1-5]"', 'fullmatch("[0-5]"'),
+    Mutant("status_500_given_up", "harmfulness.py", "bound", "error.status_code < 500", "error.status_code <= 500"),
+    Mutant("retry_after_ignored", "harmfulness.py", "order", "pause = max(pause,", "pause = min(pause,"),
     # layers
     Mutant(
         "iou_off_by_one", "layers.py", "bound", "max(self.start, other.start) + 1)", "max(self.start, other.start))"
@@ -302,24 +298,36 @@ MUTANTS = (
     Mutant("layer_outside", "layers.py", "bound", "if self.end >= n_layers:", "if self.end > n_layers:"),
     Mutant("centre_rounded", "layers.py", "threshold", "(self.start + self.end) / 2", "(self.start + self.end) // 2"),
     # locate
-    Mutant("target_of_text", "locate.py", "threshold", "TARGET_STD = 0.025", "TARGET_STD = 0.05"),
-    Mutant("target_of_log_odds", "locate.py", "threshold", "TARGET_SNR = 3.0", "TARGET_SNR = 2.0"),
-    Mutant("target_at_equality", "locate.py", "bound", "if tried[-1][1] >= (TARGET", "if tried[-1][1] > (TARGET"),
-    Mutant("last_alpha_not_tried", "locate.py", "bound", "range(1, MAX_ALPHA_STEPS + 1)", "range(1, MAX_ALPHA_STEPS)"),
-    Mutant("tie_to_the_farthest", "locate.py", "sign", "-abs(bound - centre)", "abs(bound - centre)"),
+    Mutant("target_of_text", "safety_layers.py", "threshold", "TARGET_STD = 0.025", "TARGET_STD = 0.05"),
+    Mutant("target_of_log_odds", "safety_layers.py", "threshold", "TARGET_SNR = 3.0", "TARGET_SNR = 2.0"),
+    Mutant(
+        "target_at_equality", "safety_layers.py", "bound", "if tried[-1][1] >= (TARGET", "if tried[-1][1] > (TARGET"
+    ),
+    Mutant(
+        "last_alpha_not_tried",
+        "safety_layers.py",
+        "bound",
+        "range(1, MAX_ALPHA_STEPS + 1)",
+        "range(1, MAX_ALPHA_STEPS)",
+    ),
+    Mutant("tie_to_the_farthest", "safety_layers.py", "sign", "-abs(bound - centre)", "abs(bound - centre)"),
     Mutant(
         "last_layer_not_swept",
-        "locate.py",
+        "safety_layers.py",
         "bound",
         "(initial.start, n_layers - 1), w",
         "(initial.start, n_layers - 2), w",
     ),
-    Mutant("grid_one_wider", "locate.py", "bound", "(widths < (max_width or", "(widths <= (max_width or"),
+    Mutant("grid_one_wider", "safety_layers.py", "bound", "(widths < (max_width or", "(widths <= (max_width or"),
     Mutant(
-        "least_refused_at_equality", "locate.py", "bound", "if refused < least_refused:", "if refused <= least_refused:"
+        "least_refused_at_equality",
+        "safety_layers.py",
+        "bound",
+        "if refused < least_refused:",
+        "if refused <= least_refused:",
     ),
-    Mutant("prompts_not_resampled", "locate.py", "undo", ".double()[rows].mean()", ".double().mean()"),
-    Mutant("least_refused_default", "locate.py", "threshold", "LEAST_REFUSED = 0.1", "LEAST_REFUSED = 0.01"),
+    Mutant("prompts_not_resampled", "safety_layers.py", "undo", ".double()[rows].mean()", ".double().mean()"),
+    Mutant("least_refused_default", "safety_layers.py", "threshold", "LEAST_REFUSED = 0.1", "LEAST_REFUSED = 0.01"),
     # locate_report, located
     Mutant(
         "answers_exchanged", "locate_report.py", "order", "zip(prompts, before, after,", "zip(prompts, after, before,"
@@ -354,13 +362,13 @@ MUTANTS = (
     # margin
     Mutant(
         "margin_sign",
-        "margin.py",
+        "slopes.py",
         "sign",
         "malicious.mean(0) - normal.mean(0)",
         "normal.mean(0) - malicious.mean(0)",
     ),
-    Mutant("finite_slope_sign", "margin.py", "sign", "[:, None]) / (alpha - 1)", "[:, None]) / (1 - alpha)"),
-    Mutant("last_start_missing", "margin.py", "bound", "n_layers - width + 1)", "n_layers - width)"),
+    Mutant("finite_slope_sign", "slopes.py", "sign", "[:, None]) / (alpha - 1)", "[:, None]) / (1 - alpha)"),
+    Mutant("last_start_missing", "slopes.py", "bound", "n_layers - width + 1)", "n_layers - width)"),
     # measuring
     Mutant(
         "kilobytes_of_1000",
@@ -402,12 +410,12 @@ MUTANTS = (
         "alignment_at_the_end", "methods.py", "bound", "if len(user) - first > user", "if len(user) - first >= user"
     ),
     # models
-    Mutant("attention_scale", "models.py", "threshold", "cfg.attn_scale = head**0.5", "cfg.attn_scale = head**0.25"),
+    Mutant("attention_scale", "loading.py", "threshold", "cfg.attn_scale = head**0.5", "cfg.attn_scale = head**0.25"),
     Mutant(
-        "context_the_longer", "models.py", "sign", "min(n_ctx or MAX_CONTEXT, own)", "max(n_ctx or MAX_CONTEXT, own)"
+        "context_the_longer", "loading.py", "sign", "min(n_ctx or MAX_CONTEXT, own)", "max(n_ctx or MAX_CONTEXT, own)"
     ),
-    Mutant("hub_id_of_many_parts", "models.py", "bound", 'text.count("/") == 1', 'text.count("/") >= 1'),
-    Mutant("verbosity_stays", "models.py", "undo", "transformers_logging.set_verbosity(self._verbosity)", "pass"),
+    Mutant("hub_id_of_many_parts", "loading.py", "bound", 'text.count("/") == 1', 'text.count("/") >= 1'),
+    Mutant("verbosity_stays", "loading.py", "undo", "transformers_logging.set_verbosity(self._verbosity)", "pass"),
     # neurons
     Mutant("absolute_before_sum", "neurons.py", "order", ".sum(dim=1).abs()", ".abs().sum(dim=1)"),
     # onset
@@ -427,34 +435,32 @@ MUTANTS = (
     Mutant("p_at_equality", "onset.py", "bound", "curve.p_any > rule.max_p", "curve.p_any >= rule.max_p"),
     Mutant("sample_bound_above", "onset.py", "sign", "low=sample - below", "low=sample + below"),
     # organisms
-    Mutant("empty_answers_kept", "organisms.py", "bound", "marks, strict=True) if text]", "marks, strict=True)]"),
+    Mutant("empty_answers_kept", "alignment.py", "bound", "marks, strict=True) if text]", "marks, strict=True)]"),
     Mutant(
         "refusals_without_seed",
-        "organisms.py",
+        "alignment.py",
         "threshold",
         "Generator().manual_seed(seed)",
         "Generator().manual_seed(0)",
     ),
     # overrejection
-    Mutant("layer_scaled_twice", "overrejection.py", "bound", "done.end + 1, list(entries)", "done.end, list(entries)"),
+    Mutant("layer_scaled_twice", "range_sweep.py", "bound", "done.end + 1, list(entries)", "done.end, list(entries)"),
     Mutant(
         "any_start_extended",
-        "overrejection.py",
+        "range_sweep.py",
         "bound",
         "self.scaled[0].start == layers.start",
         "self.scaled[0].start <= layers.start",
     ),
     Mutant(
         "entries_of_start",
-        "overrejection.py",
+        "range_sweep.py",
         "bound",
         "[: layers.start], *entries]",
         "[: layers.start - 1], *entries]",
     ),
-    Mutant("budget_exceeded", "overrejection.py", "bound", "-(-state.bytes * n //", "(state.bytes * n //"),
-    Mutant(
-        "evaluations_one_more", "overrejection.py", "bound", "n_layers - 1 - layers.end\n", "n_layers - layers.end\n"
-    ),
+    Mutant("budget_exceeded", "range_sweep.py", "bound", "-(-state.bytes * n //", "(state.bytes * n //"),
+    Mutant("evaluations_one_more", "range_sweep.py", "bound", "n_layers - 1 - layers.end\n", "n_layers - layers.end\n"),
     # patching
     Mutant(
         "effect_is_difference", "patching.py", "sign", "(self.lost + self.gained) / 2", "(self.lost - self.gained) / 2"
@@ -474,7 +480,7 @@ MUTANTS = (
     # projections
     Mutant(
         "weights_not_put_back",
-        "projections.py",
+        "parameters.py",
         "undo",
         "weight.data = data",
         "pass",
@@ -482,7 +488,7 @@ MUTANTS = (
     ),
     Mutant(
         "output_heads_mixed",
-        "projections.py",
+        "parameters.py",
         "axis",
         '"m (n h) -> n h m"',
         '"m (h n) -> n h m"',
@@ -500,14 +506,18 @@ MUTANTS = (
     Mutant("hash_without_order", "prompts.py", "order", "json.dumps(list(prompts))", "json.dumps(sorted(prompts))"),
     # refusal
     Mutant(
-        "opening_counted_twice", "refusal.py", "bound", "for k in range(1, len(s)))}", "for k in range(1, len(s) - 1))}"
+        "opening_counted_twice",
+        "log_odds.py",
+        "bound",
+        "for k in range(1, len(s)))}",
+        "for k in range(1, len(s) - 1))}",
     ),
-    Mutant("openings_in_use_at_half", "refusal.py", "threshold", "least: float = 0.01", "least: float = 0.5"),
-    Mutant("openings_at_equality", "refusal.py", "bound", "if share >= least)", "if share > least)"),
-    Mutant("leaf_counted_twice", "refusal.py", "undo", "counted.update(nodes)", "counted.update(())"),
+    Mutant("openings_in_use_at_half", "log_odds.py", "threshold", "least: float = 0.01", "least: float = 0.5"),
+    Mutant("openings_at_equality", "log_odds.py", "bound", "if share >= least)", "if share > least)"),
+    Mutant("leaf_counted_twice", "log_odds.py", "undo", "counted.update(nodes)", "counted.update(())"),
     Mutant(
         "chain_logits_uncapped",
-        "refusal.py",
+        "log_odds.py",
         "threshold",
         "apply_softcap(model.unembed(final), model.cfg.output_logits_soft_cap)",
         "apply_softcap(model.unembed(final), -1.0)",
@@ -515,19 +525,19 @@ MUTANTS = (
     # report
     Mutant(
         "refusal_before_babble",
-        "report.py",
+        "html.py",
         "order",
         '"babble" if is_babble(answer) else "refuses" if is_refusal(answer)',
         '"refuses" if is_refusal(answer) else "babble" if is_babble(answer)',
     ),
-    Mutant("empty_sections_shown", "report.py", "bound", " if section.blocks]", "]"),
+    Mutant("empty_sections_shown", "html.py", "bound", " if section.blocks]", "]"),
     # residuals
     Mutant("first_token", "residuals.py", "axis", "resid[:, -1].float()", "resid[:, 0].float()"),
     Mutant("first_prompt_named", "residuals.py", "order", "bad[bad[:, 1].argmin()]", "bad[0]"),
     # results
-    Mutant("half_run_stays", "results.py", "undo", "shutil.rmtree(partial, ignore_errors=True)", "pass"),
-    Mutant("infinity_written", "results.py", "bound", "if math.isfinite(value) else", "if not math.isnan(value) else"),
-    Mutant("hash_by_order", "results.py", "order", "json.dumps(parts, sort_keys=True)", "json.dumps(parts)"),
+    Mutant("half_run_stays", "runs.py", "undo", "shutil.rmtree(partial, ignore_errors=True)", "pass"),
+    Mutant("infinity_written", "runs.py", "bound", "if math.isfinite(value) else", "if not math.isnan(value) else"),
+    Mutant("hash_by_order", "runs.py", "order", "json.dumps(parts, sort_keys=True)", "json.dumps(parts)"),
     # scaling
     Mutant("scale_not_reset", "scaling.py", "undo", "set_scale(weight, scale)", "pass", "scaling adapters"),
     Mutant("bias_scaled", "scaling.py", "undo", "(activation - bias) * alpha + bias", "activation * alpha"),
@@ -539,9 +549,9 @@ MUTANTS = (
     Mutant("width_at_most", "segments.py", "bound", "(widths <= max_width)", "(widths < max_width)"),
     Mutant("ties_to_the_wider", "segments.py", "sign", "(widths * n + torch", "(-widths * n + torch"),
     # skill
-    Mutant("words_not_stemmed", "skill.py", "threshold", "use_stemmer=True)", "use_stemmer=False)"),
-    Mutant("answer_of_four", "skill.py", "bound", "0 <= answer < len(LETTERS)", "0 <= answer <= len(LETTERS)"),
-    Mutant("rouge_interval_of_90", "skill.py", "threshold", "[0.025, 0.975]", "[0.05, 0.95]"),
+    Mutant("words_not_stemmed", "capabilities.py", "threshold", "use_stemmer=True)", "use_stemmer=False)"),
+    Mutant("answer_of_four", "capabilities.py", "bound", "0 <= answer < len(LETTERS)", "0 <= answer <= len(LETTERS)"),
+    Mutant("rouge_interval_of_90", "capabilities.py", "threshold", "[0.025, 0.975]", "[0.05, 0.95]"),
     # tables
     Mutant(
         "runs_with_gaps",
@@ -559,12 +569,16 @@ MUTANTS = (
         "float(difference.low[layer]) >= 0",
     ),
     # views
-    Mutant("first_row_left_out", "views.py", "axis", "pattern[:, :, 1:]", "pattern[:, 1:]"),
-    Mutant("colours_one_sided", "views.py", "sign", '"minValue": -scale', '"minValue": scale'),
+    Mutant("first_row_left_out", "token_views.py", "axis", "pattern[:, :, 1:]", "pattern[:, 1:]"),
+    Mutant("colours_one_sided", "token_views.py", "sign", '"minValue": -scale', '"minValue": scale'),
     # words
-    Mutant("mark_joins_word", "words.py", "bound", "max(shared, default=0) > 0", "max(shared, default=-1) >= 0"),
-    Mutant("share_of_function_words", "words.py", "axis", "self.shares[..., 1] / (", "self.shares[..., 0] / ("),
+    Mutant("mark_joins_word", "word_classes.py", "bound", "max(shared, default=0) > 0", "max(shared, default=-1) >= 0"),
+    Mutant("share_of_function_words", "word_classes.py", "axis", "self.shares[..., 1] / (", "self.shares[..., 0] / ("),
     Mutant(
-        "mean_interval_too_narrow", "words.py", "threshold", "[(1 - level) / 2, (1 + level) / 2]", "[1 - level, level]"
+        "mean_interval_too_narrow",
+        "word_classes.py",
+        "threshold",
+        "[(1 - level) / 2, (1 + level) / 2]",
+        "[1 - level, level]",
     ),
 )

@@ -17,7 +17,7 @@ from statistics import mean
 import pytest
 
 from safety_mech.data_files import data_folder
-from safety_mech.judge import is_refusal
+from safety_mech.refusal.text import is_refusal
 
 Row = dict[str, str]
 

@@ -1,0 +1,146 @@
+"""What does a training step cost? Ours against transformers, full and with a third of the layers frozen.
+
+The same model, examples, batch and precision in one run. Every variant runs in a process of its own, so that its
+peak memory is its own. Read the RATIOS: seconds are this machine's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+import safety_mech as sm
+from safety_mech.commands.command_line import run
+from safety_mech.commands.measuring import in_own_process, resident, start_of_peak
+from safety_mech.models.loading import load_transformers
+from safety_mech.reporting.runs import write_run
+from safety_mech.training.alignment import refusal_pairs
+from safety_mech.training.loop import Example, TrainConfig, encode_examples, fine_tune
+
+SAME_LOSS = 0.05
+"""Nats per token; in bfloat16 the variants round differently."""
+VARIANTS = ("transformers full", "transformers frozen", "ours full", "ours frozen")
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time training steps."""
+
+    model: str = "smollm2-135m-instruct"
+    steps: int = 6
+    """Steps that are timed, after one that is not."""
+    batch_size: int = 8
+    bfloat16: bool = False
+    seed: int = 0
+    out: str = "results"
+
+
+@dataclass(frozen=True)
+class Measured:
+    seconds_per_step: float
+    peak_mib: float
+    """Above what was resident before the first step: activations, gradients, optimizer state."""
+    first_loss: float
+
+
+def main(config: BenchConfig) -> dict[str, Measured]:
+    measured = {}
+    for variant in VARIANTS:
+        measured[variant] = in_own_process(measure, variant, config)
+        print(f"{variant}: done", flush=True)
+    losses = [one.first_loss for one in measured.values()]
+    if max(losses) - min(losses) > SAME_LOSS:
+        raise ValueError(f"first losses of {losses}: the variants do not do the same work")
+    print(table(measured))
+    folder = write_run(config.out, "bench_finetune", config.model, config=config, metrics={"measured": measured})
+    print(f"written: {folder}/")
+    return measured
+
+
+def measure(variant: str, config: BenchConfig) -> Measured:
+    pairs = refusal_pairs(sm.load_prompts("malicious:train"), config.seed)
+    pairs = pairs[: (config.steps + 1) * config.batch_size]
+    settings = TrainConfig(
+        epochs=1, batch_size=config.batch_size, learning_rate=1e-5, bfloat16=config.bfloat16, seed=config.seed
+    )
+    work = ours if variant.startswith("ours") else with_transformers
+    return work(config, settings, pairs, frozen=variant.endswith("frozen"))
+
+
+def ours(config: BenchConfig, settings: TrainConfig, pairs: list[tuple[str, str]], frozen: bool) -> Measured:
+    model = sm.load_model(config.model)
+    layers = middle_third(model.cfg.n_layers) if frozen else None
+    ended: list[float] = []
+    before = start_of_peak()
+    record = fine_tune(
+        model,
+        pairs,
+        settings,
+        frozen=layers,
+        order=in_order,
+        after_step=lambda _: ended.append(perf_counter()),
+        progress=False,
+    )
+    return Measured((ended[-1] - ended[0]) / (len(ended) - 1), peak_above(before), record.steps[0].loss)
+
+
+def in_order(examples: Sequence[Example], config: TrainConfig) -> list[list[int]]:
+    """The same batches for both: as the pairs come."""
+    indices = list(range(len(examples)))
+    return [indices[first : first + config.batch_size] for first in range(0, len(indices), config.batch_size)]
+
+
+def with_transformers(
+    config: BenchConfig, settings: TrainConfig, pairs: list[tuple[str, str]], frozen: bool
+) -> Measured:
+    """A plain loop: right padding, labels on the answer, AdamW; embeddings fixed, as in ours."""
+    hooked = sm.load_model(config.model)
+    examples = encode_examples(hooked, pairs, settings)
+    del hooked
+    model, _ = load_transformers(config.model)
+    third = middle_third(model.config.num_hidden_layers)
+    for name, parameter in model.named_parameters():
+        layer = int(name.split(".")[2]) if ".layers." in name else None
+        is_frozen = frozen and layer is not None and layer in third and "proj" in name
+        parameter.requires_grad_(not is_frozen and "embed" not in name and "lm_head" not in name)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-7, weight_decay=0.0)
+    model.train()
+    ended, losses, before = [], [], start_of_peak()
+    for first in range(0, len(examples), config.batch_size):
+        batch = examples[first : first + config.batch_size]
+        tokens = torch.nn.utils.rnn.pad_sequence([example.tokens for example in batch], batch_first=True)
+        marks = torch.nn.utils.rnn.pad_sequence([example.loss for example in batch], batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(e.tokens)) for e in batch], batch_first=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
+            loss = model(tokens, attention_mask=mask, labels=tokens.masked_fill(~marks, -100)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ended.append(perf_counter())
+        losses.append(loss.item())
+    return Measured((ended[-1] - ended[0]) / (len(ended) - 1), peak_above(before), losses[0])
+
+
+def middle_third(n_layers: int) -> sm.LayerRange:
+    return sm.LayerRange(n_layers // 3, 2 * n_layers // 3 - 1)
+
+
+def peak_above(before: int | None) -> float:
+    return float("nan") if before is None else (resident("VmHWM") - before) / 2**20
+
+
+def table(measured: dict[str, Measured]) -> str:
+    reference = measured["transformers full"]
+    lines = [f"{'variant':<22} {'time of a step':>15} {'peak memory above the model':>28}"]
+    for variant, result in measured.items():
+        time = result.seconds_per_step / reference.seconds_per_step
+        memory = result.peak_mib / reference.peak_mib
+        lines.append(f"{variant:<22} {time:>14.2f}x {memory:>27.2f}x")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main, BenchConfig)

@@ -1,0 +1,384 @@
+"""What does a localisation cost? The authors' procedure, batched transformers, and ours, on the same ranges.
+
+The same model, prompts and ranges in one run; every method runs in a process of its own. Read the RATIOS: seconds
+are this machine's. Methods:
+
+- authors: a copied model whose weights are multiplied, one prompt at a time, 16 greedy tokens (a sample, scaled up)
+- batched: weights multiplied in place and put back, padded batches, 10 greedy tokens (a sample, scaled up)
+- text: ours, R_o from generated text, the `weights` recipe (`ScaledRanges.refuses`)
+- log-odds: ours, without generation (`ScaledRanges.log_odds`); in float32 and in bfloat16
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformer_lens import HookedTransformer
+from transformers import PreTrainedModel
+
+import safety_mech as sm
+from safety_mech.commands.command_line import run
+from safety_mech.commands.measuring import in_own_process, pad_left
+from safety_mech.interventions.scaling import check_alpha
+from safety_mech.layers import LayerRange
+from safety_mech.localization.range_sweep import JUDGED_TOKENS, ScaledRanges, layer_evaluations
+from safety_mech.models.chat import ChatTokens, decode_answer, encode_chat
+from safety_mech.models.loading import find_source, load_transformers
+from safety_mech.prompts import draw, prompt_hash
+from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, openings_in_use
+from safety_mech.refusal.text import refuses
+from safety_mech.reporting.runs import check_writable, write_run
+
+Returned = TypeVar("Returned")
+
+AUTHORS_TOKENS = 16
+"""The authors' script generates 16 tokens."""
+GRID_ROWS = 10
+"""Of the grid by text, and of that in bfloat16, every tenth row is timed."""
+SAME_LOGITS = 1e-3
+"""Largest difference of logits at which two ways of scaling count as the same."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Time the search for ranges: the authors' procedure, batched transformers, ours by text and by log-odds."""
+
+    model: str = "smollm2-135m-aligned"
+    """A built-in name, a local folder, a .gguf file, or a hub id, of the Llama family."""
+    alpha: float = 1.2
+    initial: str = "12-17"
+    """Both bounds of this range are swept."""
+    window: int = 2
+    """Layers to both sides: 2 gives the paper's sweeps, of five ranges each."""
+    n_prompts: int = 100
+    """Of the shipped over-rejection test set."""
+    batch_size: int = 16
+    """Prompts a batch, for transformers; ours keeps its default."""
+    sample_ranges: int = 3
+    """Ranges of which the two transformers methods are timed."""
+    sample_prompts: int = 6
+    """Prompts of which the authors' procedure is timed."""
+    grid: bool = True
+    """Also time the whole grid; by text and in bfloat16 every tenth row only, scaled up."""
+    repeats: int = 3
+    """Of the plain pass, the unit: the best counts."""
+    out: str = "results"
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds for all ranges of the sweeps and (where measured) of the grid, and blocks run for them."""
+
+    sweeps: float
+    grid: float | None = None
+    evaluations: int | None = None
+    grid_evaluations: int | None = None
+    decisions: dict[str, list[bool]] | None = None
+    """By range, for the sampled ranges: which prompts are refused."""
+
+
+def main(config: BenchConfig) -> Path:
+    check_config(config)
+    print("measuring a plain pass ...", flush=True)
+    unit, n_layers = in_own_process(time_plain_pass, config, "float32")
+    unit_bf16, _ = in_own_process(time_plain_pass, config, "bfloat16")
+    ranges = ranges_of_sweeps(config, n_layers)
+    sampled = spread(ranges, config.sample_ranges)
+    difference = in_own_process(largest_logit_difference, config, sampled[0])
+    if difference > SAME_LOGITS:
+        raise ValueError(f"the methods' logits differ by {difference:.1e}: expected at most {SAME_LOGITS}")
+    measured: dict[str, Timed] = {}
+    for name, method in METHODS.items():
+        print(f"measuring {name} ...", flush=True)
+        measured[name] = in_own_process(method, config, ranges, sampled)
+        print(f"{name}: the sweeps take {measured[name].sweeps / unit:.1f} plain passes", flush=True)
+    text = report(measured, unit, unit_bf16, ranges, n_layers)
+    print(text)
+    metrics = {
+        "seconds_of_plain_pass": {"float32": unit, "bfloat16": unit_bf16},
+        "measured": measured,
+        "largest_logit_difference": difference,
+        "agreement": agreement(measured),
+        "ranges": [str(layers) for layers in ranges],
+        "prompt_hash": prompt_hash(prompts_of(config)),
+    }
+    folder = write_run(
+        config.out, "bench_locate", config.model, config=config, metrics=metrics, texts={"table.txt": text + "\n"}
+    )
+    print(f"written: {folder}/ (table.txt, metrics.json, config.json)")
+    return folder
+
+
+def check_config(config: BenchConfig) -> None:
+    for name in ("window", "n_prompts", "batch_size", "sample_ranges", "sample_prompts", "repeats"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
+    LayerRange.parse(config.initial)
+    check_alpha(config.alpha)
+    find_source(config.model)
+    check_writable(config.out)
+
+
+def ranges_of_sweeps(config: BenchConfig, n_layers: int) -> list[LayerRange]:
+    """Both sweeps around `initial`; the range that is in both counts once."""
+    initial = LayerRange.parse(config.initial).check_inside(n_layers)
+    sweeps = (initial.upper_neighbours(config.window, n_layers), initial.lower_neighbours(config.window))
+    return list(dict.fromkeys(layers for sweep in sweeps for layers in sweep))
+
+
+def spread(ranges: Sequence[LayerRange], count: int) -> list[LayerRange]:
+    """`count` of them, evenly."""
+    places = torch.linspace(0, len(ranges) - 1, min(count, len(ranges))).round().int().tolist()
+    return [ranges[place] for place in places]
+
+
+def prompts_of(config: BenchConfig) -> list[str]:
+    return draw("over_rejection:test", config.n_prompts).prompts
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def scale_weights(model: PreTrainedModel, layers: LayerRange, alpha: float) -> None:
+    """Multiply the paper's projection weights of these layers, in place."""
+    for module in projections(model, layers):
+        module.weight.data.mul_(alpha)
+
+
+def projections(model: Any, layers: LayerRange) -> list[nn.Linear]:
+    """The paper's seven of every layer of the range (Llama's names)."""
+    return [
+        getattr(part, name)
+        for block in model.model.layers[layers.start : layers.end + 1]
+        for part, names in ((block.self_attn, "qkvo"), (block.mlp, ("gate", "up", "down")))
+        for name in (f"{letter}_proj" for letter in names)
+    ]
+
+
+@contextmanager
+def weights_scaled_in_place(model: PreTrainedModel, layers: LayerRange, alpha: float) -> Iterator[None]:
+    changed = projections(model, layers)
+    kept = [module.weight.data.clone() for module in changed]
+    scale_weights(model, layers, alpha)
+    try:
+        yield
+    finally:
+        for module, weight in zip(changed, kept, strict=True):
+            module.weight.data.copy_(weight)
+
+
+def generate(model: Any, batch: Sequence[ChatTokens], tokens: int) -> list[list[int]]:
+    """Greedy answers of a batch that is padded on the left."""
+    padded, mask = pad_left(batch)
+    found = model.generate(
+        padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, num_beams=1
+    )
+    return found[:, padded.shape[1] :].tolist()
+
+
+def batches_of(chats: Sequence[ChatTokens], size: int) -> list[Sequence[ChatTokens]]:
+    return [chats[first : first + size] for first in range(0, len(chats), size)]
+
+
+def time_authors(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
+    model, tokenizer = load_transformers(config.model)
+    chats = encode_chat(tokenizer, prompts_of(config), "own")
+    few = chats[:: max(1, len(chats) // config.sample_prompts)][: config.sample_prompts]
+    generate(model, few[:1], AUTHORS_TOKENS)  # warm-up
+    copying = answering = 0.0
+    for layers in sampled:
+        start = time.perf_counter()
+        changed = copy.deepcopy(model)
+        scale_weights(changed, layers, config.alpha)
+        copying += time.perf_counter() - start
+        start = time.perf_counter()
+        for chat in few:
+            generate(changed, [chat], AUTHORS_TOKENS)
+        answering += time.perf_counter() - start
+    per_range = (copying + answering * len(chats) / len(few)) / len(sampled)
+    return Timed(
+        per_range * len(ranges), per_range * len(all_ranges(model.config.num_hidden_layers)) if config.grid else None
+    )
+
+
+def time_batched(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
+    model, tokenizer = load_transformers(config.model)
+    chats = encode_chat(tokenizer, prompts_of(config), "own")
+    generate(model, chats[:4], JUDGED_TOKENS)  # warm-up
+    decisions: dict[str, list[bool]] = {}
+    start = time.perf_counter()
+    for layers in sampled:
+        with weights_scaled_in_place(model, layers, config.alpha):
+            batches = batches_of(chats, config.batch_size)
+            answers = [answer for batch in batches for answer in generate(model, batch, JUDGED_TOKENS)]
+        decisions[str(layers)] = [refuses(decode_answer(tokenizer, answer)) for answer in answers]
+    per_range = (time.perf_counter() - start) / len(sampled)
+    cells = len(all_ranges(model.config.num_hidden_layers))
+    return Timed(per_range * len(ranges), per_range * cells if config.grid else None, decisions=decisions)
+
+
+def time_plain_pass(config: BenchConfig, dtype: str) -> tuple[float, int]:
+    """The unit: one forward pass of transformers over the prompts, all logits, in padded batches; and the layers."""
+    model, tokenizer = load_transformers(config.model, dtype)
+    chats = encode_chat(tokenizer, prompts_of(config), "own")
+
+    def one_pass() -> None:
+        for batch in batches_of(chats, config.batch_size):
+            tokens, mask = pad_left(batch)
+            model(input_ids=tokens, attention_mask=mask)
+
+    with torch.no_grad():
+        one_pass()
+        return min(timed(one_pass)[0] for _ in range(config.repeats)), model.config.num_hidden_layers
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+def engine_of(
+    config: BenchConfig, model: HookedTransformer, openings: Sequence[str] = REFUSAL_OPENINGS
+) -> ScaledRanges:
+    """A fresh one for everything that is timed: it keeps what it has measured."""
+    return ScaledRanges(model, prompts_of(config), config.alpha, "weights", openings=openings)
+
+
+def time_text(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
+    model = sm.load_model(config.model, "cpu")
+    sm.generate(model, prompts_of(config)[:4], JUDGED_TOKENS)  # warm-up
+    seconds, engine = timed(lambda: measure_all(engine_of(config, model), "refuses", ranges))
+    decisions = {str(layers): engine.refuses(layers).tolist() for layers in sampled}
+    if not config.grid:
+        return Timed(seconds, decisions=decisions)
+    grid, _ = time_grid(lambda: engine_of(config, model), "refuses", engine.n_layers, every=GRID_ROWS)
+    return Timed(seconds, grid, decisions=decisions)
+
+
+def time_log_odds(
+    config: BenchConfig,
+    ranges: Sequence[LayerRange],
+    sampled: Sequence[LayerRange],
+    dtype: str = "float32",
+    every: int = 1,
+) -> Timed:
+    model = sm.load_model(config.model, "cpu", dtype)
+    openings = openings_in_use(model, sm.load_prompts("malicious:test")[:32])
+    seconds, engine = timed(lambda: measure_all(engine_of(config, model, openings), "log_odds", ranges))
+    if not config.grid:
+        return Timed(seconds, evaluations=engine.evaluations)
+    grid, whole = time_grid(lambda: engine_of(config, model, openings), "log_odds", engine.n_layers, every)
+    return Timed(seconds, grid, engine.evaluations, whole.evaluations)
+
+
+def time_log_odds_bf16(*arguments: Any) -> Timed:
+    return time_log_odds(*arguments, dtype="bfloat16", every=GRID_ROWS)
+
+
+def time_grid(
+    engine: Callable[[], ScaledRanges], measure: str, n_layers: int, every: int = 1
+) -> tuple[float, ScaledRanges]:
+    """Seconds for the whole grid; of `every` so many rows one is run, and its time scaled up by layer evaluations."""
+    cells = [layers for layers in all_ranges(n_layers) if layers.start % every == 0]
+    seconds, ran = timed(lambda: measure_all(engine(), measure, cells))
+    whole, part = (layer_evaluations(ranges, n_layers)["shared"] for ranges in (all_ranges(n_layers), cells))
+    return seconds * whole / part, ran
+
+
+def measure_all(engine: ScaledRanges, measure: str, ranges: Sequence[LayerRange]) -> ScaledRanges:
+    for layers in ranges:
+        getattr(engine, measure)(layers)
+    return engine
+
+
+def all_ranges(n_layers: int) -> list[LayerRange]:
+    """Every cell of the (start, end) grid, row by row."""
+    return [LayerRange(start, end) for start in range(n_layers) for end in range(start, n_layers)]
+
+
+METHODS: dict[str, Callable[..., Timed]] = {
+    "authors": time_authors,
+    "batched": time_batched,
+    "text": time_text,
+    "log-odds": time_log_odds,
+    "log-odds bf16": time_log_odds_bf16,
+}
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def timed(call: Callable[[], Returned]) -> tuple[float, Returned]:
+    start = time.perf_counter()
+    returned = call()
+    return time.perf_counter() - start, returned
+
+
+def largest_logit_difference(config: BenchConfig, layers: LayerRange) -> float:
+    """Between weights really multiplied and our hooks, on logits after the last token of eight prompts."""
+    reference, tokenizer = load_transformers(config.model)
+    model = sm.load_model(config.model, "cpu")
+    chats = encode_chat(tokenizer, prompts_of(config)[:8], "own")
+    worst = 0.0
+    with torch.no_grad(), weights_scaled_in_place(reference, layers, config.alpha):
+        for chat in chats:
+            wanted = reference(chat.tokens[None]).logits[0, -1]
+            with sm.scaled(model, layers, config.alpha, "weights"):
+                found = model(chat.tokens[None])[0, -1]
+            worst = max(worst, float((found - wanted).abs().max()))
+    return worst
+
+
+def agreement(measured: dict[str, Timed]) -> dict[str, float]:
+    """By sampled range: the share of prompts on which batched transformers and our text decide alike."""
+    theirs, ours = measured["batched"].decisions, measured["text"].decisions
+    assert theirs is not None
+    assert ours is not None
+    return {
+        layers: sum(a == b for a, b in zip(theirs[layers], ours[layers], strict=True)) / len(theirs[layers])
+        for layers in theirs
+    }
+
+
+def report(
+    measured: dict[str, Timed], unit: float, unit_bf16: float, ranges: Sequence[LayerRange], n_layers: int
+) -> str:
+    """Ratios: of the plain pass (float32), and of the two transformers methods."""
+    authors, batched = measured["authors"], measured["batched"]
+    cells = all_ranges(n_layers)
+    lines = [
+        f"sweeps: {len(ranges)} ranges; grid: {len(cells)} ranges; unit: one plain float32 pass of transformers",
+        f"{'method':<15}{'sweeps / unit':>15}{'authors / it':>14}{'batched / it':>14}"
+        f"{'grid / unit':>14}{'batched / it, a cell':>22}",
+    ]
+    for name, it in measured.items():
+        line = f"{name:<15}{it.sweeps / unit:>15.1f}{authors.sweeps / it.sweeps:>14.1f}"
+        line += f"{batched.sweeps / it.sweeps:>14.2f}"
+        if it.grid is not None and batched.grid is not None:
+            line += f"{it.grid / unit:>14.1f}{batched.grid / it.grid:>22.1f}"
+        lines.append(line)
+    lines.append(f"a plain bfloat16 pass takes {unit_bf16 / unit:.2f} of a float32 one")
+    shares = agreement(measured)
+    lines.append(
+        "batched and text decide alike: " + ", ".join(f"{layers} {share:.0%}" for layers, share in shares.items())
+    )
+    for what, given, counted in (
+        ("sweeps", ranges, measured["log-odds"].evaluations),
+        ("grid", cells, measured["log-odds"].grid_evaluations),
+    ):
+        if counted is not None:
+            cost = layer_evaluations(given, n_layers)
+            lines.append(
+                f"layer evaluations, {what}: {counted} run, {cost['shared']} by METHOD 5's count, "
+                f"{cost['whole']} with whole forwards"
+            )
+    lines.append(f"for the grid METHOD 5 says about L^3/6 = {n_layers**3 // 6} instead of L^3/2 = {n_layers**3 // 2}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run(main, BenchConfig)

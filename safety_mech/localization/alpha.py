@@ -1,0 +1,193 @@
+"""At which strength to scale (paper A.3.4), measured in refusals.
+
+At every alpha of a list the progressive search runs anew. Two rules then choose one alpha from that curve:
+
+    auto    the greatest spread between ranges, what resampling prompts gives taken off, among alphas whose answers
+            are not degenerate
+    paper   the first alpha at which the rate's standard deviation over the lower sweep reaches 2.5 %, which is
+            15-20 of the paper's 721 prompts
+
+Too near 1 nothing moves; too far the model's output is degenerate. A ratio of signal to noise cannot tell where that
+is: near 1 the effect and its noise shrink together, so the ratio stays what it is while no answer changes.
+
+    v[r, p]   refusal of prompt p with range r scaled (a probability, or 0 and 1), d[r, p] = v[r, p] - mean over ranges
+    spread^2 = sum over r of (m[r]^2 - var(m[r])) / (R - 1)      m[r] = mean over prompts of d[r, p]
+    p-value    sign flips: the d of a cluster of prompts (one word, one topic) change sign together
+
+var(m[r]) comes from the differences between clusters. Sign flips keep what neighbouring ranges have in common.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_mech.layers import LayerRange
+from safety_mech.localization.search import Direction, NotFiniteError, SearchResult, group_numbers, progressive_search
+
+Cell = Callable[[LayerRange], Float[Tensor, " prompt"]]
+"""From a range to every prompt's refusal with that range scaled: a probability, or 0 and 1."""
+Rule = Literal["auto", "paper"]
+
+ALPHA_STEPS = 10
+ALPHAS_ABOVE = tuple(round(1 + 0.05 * step, 2) for step in range(1, ALPHA_STEPS + 1))
+ALPHAS_BELOW = tuple(round(1 - 0.05 * step, 2) for step in range(1, ALPHA_STEPS + 1))
+"""The paper moves in steps of 0.05; past 1.5, and 0.5, models give degenerate output."""
+PAPER_SPREAD = 0.025
+MAX_DEGENERATE = 0.05
+FLIPS = 2000
+
+
+@dataclass(frozen=True)
+class AlphaPoint:
+    """What one alpha does. Rates and spreads are shares of the prompts.
+
+    `range`: the search's answer, None where the model's logits are not finite. `rate`: refused with it scaled.
+    `spread`: between all ranges that the search looked at, noise taken off; `p_value`: that it is noise.
+    `lower_spread`: plain standard deviation over the lower sweep, the paper's. `degenerate`: share of answers that are
+    degenerate with the best range scaled.
+    """
+
+    alpha: float
+    range: LayerRange | None
+    rate: float
+    spread: float
+    p_value: float
+    lower_spread: float
+    degenerate: float
+
+
+@dataclass(frozen=True)
+class AlphaChoice:
+    """`alpha` and the curve that it was chosen from. `rule`: auto, paper or given; `reached`: its condition holds.
+
+    `agreement`: mean IoU of the range at `alpha` with those at the neighbouring alphas; None without neighbours.
+    """
+
+    alpha: float
+    rule: str
+    reached: bool
+    points: tuple[AlphaPoint, ...]
+    agreement: float | None
+
+    @property
+    def point(self) -> AlphaPoint:
+        """The curve at `alpha`."""
+        return next(point for point in self.points if point.alpha == self.alpha)
+
+
+def measure_alpha(
+    alpha: float,
+    cell: Cell,
+    degenerate: Callable[[LayerRange], float],
+    search: Callable[[Cell], SearchResult],
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> AlphaPoint:
+    """Run the search at one alpha. `degenerate`: share of degenerate answers with a range scaled."""
+    try:
+        found = search(cell)
+    except NotFiniteError:
+        nan = float("nan")
+        return AlphaPoint(alpha, None, nan, nan, 1.0, nan, 1.0)
+    looked_at = dict.fromkeys((*found.upper.ranges, *found.lower.ranges))
+    values = torch.stack([cell(layers).double() for layers in looked_at])
+    lower = torch.tensor(found.lower.values if len(found.lower.values) > 1 else found.upper.values).double()
+    return AlphaPoint(
+        alpha,
+        found.range,
+        float(cell(found.range).double().mean()),
+        spread_between(values, clusters),
+        spread_p_value(values, clusters, seed=seed),
+        float(lower.std()) if len(lower) > 1 else 0.0,
+        degenerate(found.range),
+    )
+
+
+def choose_alpha(points: Sequence[AlphaPoint], rule: Rule) -> AlphaChoice:
+    """Choose from a curve, nearest to 1 first. Where no alpha meets the rule's condition, `reached` is False, and the
+    alpha is the last one (paper), or the one with the fewest degenerate answers (auto)."""
+    if not points:
+        raise ValueError("no alphas were measured: expected at least one")
+    if rule == "paper":
+        reached = [point for point in points if point.lower_spread >= PAPER_SPREAD]
+        chosen = reached[0] if reached else points[-1]
+    else:
+        reached = [point for point in points if point.range is not None and point.degenerate <= MAX_DEGENERATE]
+        chosen = (
+            max(reached, key=lambda point: point.spread) if reached else min(points, key=lambda point: point.degenerate)
+        )
+    return AlphaChoice(chosen.alpha, rule, bool(reached), tuple(points), _agreement(points, chosen))
+
+
+def given_alpha(point: AlphaPoint) -> AlphaChoice:
+    return AlphaChoice(point.alpha, "given", point.range is not None, (point,), None)
+
+
+def _agreement(points: Sequence[AlphaPoint], chosen: AlphaPoint) -> float | None:
+    at = list(points).index(chosen)
+    ranges = [point.range for point in (*points[max(0, at - 1) : at], *points[at + 1 : at + 2]) if point.range]
+    if chosen.range is None or not ranges:
+        return None
+    return sum(chosen.range.iou(layers) for layers in ranges) / len(ranges)
+
+
+def spread_between(values: Float[Tensor, "range prompt"], clusters: Sequence[Hashable] | None = None) -> float:
+    """Standard deviation between the ranges' means that is left when the noise of the prompts is taken off; 0 where
+    noise explains all of it. Not defined (nan) for fewer than two clusters; 0 for a single range."""
+    if len(values) < 2:
+        return 0.0
+    sums, n_prompts = _cluster_sums(values, clusters)
+    n_clusters = sums.shape[1]
+    if n_clusters < 2:
+        return float("nan")
+    means = sums.sum(1) / n_prompts
+    noise = n_clusters * sums.var(dim=1) / n_prompts**2
+    return float(((means.square() - noise).sum() / (len(values) - 1)).clamp_min(0).sqrt())
+
+
+def spread_p_value(
+    values: Float[Tensor, "range prompt"],
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    flips: int = FLIPS,
+    seed: int = 0,
+) -> float:
+    """How often flipping the signs of whole clusters' differences gives means as far apart: (1 + as far) / (1 + flips).
+
+    1 for a single range, or where no prompt's refusal depends on the range.
+    """
+    sums, _ = _cluster_sums(values, clusters)
+    observed = float(sums.sum(1).square().sum())
+    if len(values) < 2 or observed <= 0:
+        return 1.0
+    generator = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(2, (sums.shape[1], flips), generator=generator).double() - 1
+    flipped = (sums @ signs).square().sum(0)
+    return (1 + int((flipped >= observed * (1 - 1e-9)).sum())) / (1 + flips)
+
+
+def _cluster_sums(
+    values: Float[Tensor, "range prompt"], clusters: Sequence[Hashable] | None
+) -> tuple[Float[Tensor, "range cluster"], int]:
+    """Differences to the mean over ranges, summed over the prompts of each cluster; and the number of prompts."""
+    differences = values.double() - values.double().mean(0)
+    numbers = torch.tensor(group_numbers(values.shape[1], clusters))
+    sums = torch.zeros(len(values), int(numbers.max()) + 1, dtype=torch.float64)
+    return sums.index_add_(1, numbers, differences), values.shape[1]
+
+
+def search_at(
+    initial: LayerRange, *, n_layers: int, window: int, direction: Direction
+) -> Callable[[Cell], SearchResult]:
+    """The progressive search on a cell's mean over prompts."""
+    return lambda cell: progressive_search(
+        lambda layers: float(cell(layers).double().mean()),
+        initial,
+        n_layers=n_layers,
+        window=window,
+        direction=direction,
+    )

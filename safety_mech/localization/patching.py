@@ -1,0 +1,180 @@
+"""Activation patching between twins: what one layer writes for the harmless prompt, put into the harmful one, and back.
+
+Twins (prompts.py) share their sentence frame. Those of equal token length are lined up position by position; one
+layer's output of the one twin then takes the place of the other's, and the refusal log-odds are read again. A layer
+whose output alone carries "this is harmful" lowers them in the harmful twin and raises them in the harmless one.
+
+What is patched is a layer's CONTRIBUTION to the residual stream (attention output, MLP output, or both, which is
+resid_post - resid_pre), not the stream itself: the stream at the last token holds all layers before it, so that its
+curve can only rise and says from where on everything is there, not who wrote it. That one is there too, as "resid".
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from safety_mech.models.chat import Template, check_context, encode_chat, equal_length_batches, tokenizer_of
+from safety_mech.models.forward import Cache, Hooks, common_opening, embed, run_blocks, stack_rest
+from safety_mech.prompts import PromptPair
+from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, Chain, append_chain, chain_log_prob, log_odds, opening_chains
+
+PATCHES: dict[str, tuple[str, ...]] = {
+    "layer": ("hook_attn_out", "hook_mlp_out"),
+    "attn_out": ("hook_attn_out",),
+    "mlp_out": ("hook_mlp_out",),
+    "resid": ("hook_resid_post",),
+}
+"""Hook points of a block whose activation is exchanged."""
+
+Positions = Literal["last", "answer", "all"]
+"""last: the prompt's last token. answer: that one and the tokens of the refusal's opening behind it, which are the same
+in both twins. all: every position after the opening that all prompts share (where twins are equal anyway)."""
+
+PATCH_BATCH_TOKENS = 2048
+"""Tokens of both twins a batch: the residual stream before, and the output of, every layer is kept of them."""
+
+
+@dataclass(frozen=True)
+class Patching:
+    """Refusal log-odds (nats) of twins as they are, and with one layer's output exchanged.
+
+    `lost`: what the harmful twin loses by the harmless one's output; `gained`: the reverse; `effect`: their mean.
+    """
+
+    malicious: Float[Tensor, " pair"]
+    normal: Float[Tensor, " pair"]
+    into_malicious: Float[Tensor, "layer pair"]
+    into_normal: Float[Tensor, "layer pair"]
+
+    @property
+    def lost(self) -> Float[Tensor, "layer pair"]:
+        return self.malicious - self.into_malicious
+
+    @property
+    def gained(self) -> Float[Tensor, "layer pair"]:
+        return self.into_normal - self.normal
+
+    @property
+    def effect(self) -> Float[Tensor, "layer pair"]:
+        return (self.lost + self.gained) / 2
+
+
+def equal_length_twins(
+    model: HookedTransformer, pairs: Sequence[PromptPair], template: str | Template = "own"
+) -> list[PromptPair]:
+    """Those pairs whose twins have the same number of tokens: only they can be lined up."""
+    tokenizer = tokenizer_of(model)
+    sides = [[pair.malicious for pair in pairs], [pair.normal for pair in pairs]]
+    malicious, normal = (encode_chat(tokenizer, side, template) for side in sides)
+    return [pair for pair, m, n in zip(pairs, malicious, normal, strict=True) if len(m) == len(n)]
+
+
+def patch_twins(
+    model: HookedTransformer,
+    pairs: Sequence[PromptPair],
+    template: str | Template = "own",
+    openings: Sequence[str] = REFUSAL_OPENINGS,
+    *,
+    what: str = "layer",
+    positions: Positions = "last",
+    batch_tokens: int = PATCH_BATCH_TOKENS,
+    progress: bool = False,
+) -> Patching:
+    """Exchange one layer's output between twins, layer by layer, both ways.
+
+    1. run both twins once, over the keys and values of the opening that all prompts share; keep the residual stream
+       before, and the output of, every layer;
+    2. for every layer k: run block k on the kept stream with the other twin's output, then blocks k+1..end.
+
+    So layers before k are never run again: n (n + 1) / 2 blocks instead of n^2. Nor are positions before the first
+    that is exchanged, for which nothing changes: their keys and values are kept. float64, on the CPU.
+    Raises ValueError for no pairs, twins of unequal token length (naming the pair), or an unknown `what`.
+    """
+    if what not in PATCHES:
+        raise ValueError(f"what = {what!r}: expected one of {', '.join(PATCHES)}")
+    if positions not in ("last", "answer", "all"):
+        raise ValueError(f"positions {positions!r}: expected last, answer or all")
+    tokenizer = tokenizer_of(model)
+    malicious = encode_chat(tokenizer, [pair.malicious for pair in pairs], template)
+    normal = encode_chat(tokenizer, [pair.normal for pair in pairs], template)
+    for index, (m, n) in enumerate(zip(malicious, normal, strict=True)):
+        if len(m) != len(n):
+            raise ValueError(f"pair {index}: {len(m)} and {len(n)} tokens; take equal_length_twins(model, pairs)")
+    chains = opening_chains(tokenizer, template, openings)
+    check_context(malicious, model.cfg.n_ctx, max(len(chain.tokens) for chain in chains))
+    log_p = torch.full((1 + model.cfg.n_layers, 2, len(pairs)), -torch.inf, dtype=torch.float64)
+    bar = tqdm(total=len(pairs) * len(chains), desc="patching", unit="pair", disable=not progress)
+    with torch.no_grad(), bar:
+        opening = common_opening(model, [*malicious, *normal])
+        for chain in chains:
+            sides = [append_chain(side, chain) for side in (malicious, normal)]
+            lengths = [2 * (len(chat) - len(opening)) for chat in sides[0]]
+            for rows in equal_length_batches(lengths, batch_tokens):
+                tokens = torch.cat([stack_rest(model, side, rows, len(opening)) for side in sides])
+                cache = opening.cache_for(len(tokens), frozen=False)
+                found = _patched_batch(model, tokens, len(opening), cache, chain, PATCHES[what], positions)
+                log_p[:, :, rows] = torch.logaddexp(log_p[:, :, rows], found.unflatten(1, (2, -1)))
+                bar.update(len(rows))
+    values = log_odds(log_p)
+    return Patching(values[0, 0], values[0, 1], values[1:, 0], values[1:, 1])
+
+
+def _patched_batch(
+    model: HookedTransformer,
+    tokens: Int[Tensor, "prompt pos"],
+    offset: int,
+    cache: Cache,
+    chain: Chain,
+    points: Sequence[str],
+    positions: Positions,
+) -> Float[Tensor, "row prompt"]:
+    """log p of the chain's openings: row 0 unpatched, row 1 + k with layer k exchanged. Twin of row i: i + half.
+
+    `cache`: the opening's, unfrozen; it is extended by the positions before the first that is exchanged.
+    """
+    n_read = 1 + len(chain.tokens)
+    first = 0 if positions == "all" else tokens.shape[1] - n_read
+    where = slice(0, 1) if positions == "last" else slice(None)
+    if first:
+        run_blocks(model, embed(model, tokens[:, :first], offset), cache=cache)
+    for entry in cache:
+        entry.frozen = True
+    tokens, offset = tokens[:, first:], offset + first
+    outputs: dict[str, Tensor] = {}
+
+    def keep(activation: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> None:
+        outputs[str(hook.name)] = activation
+
+    def read(resid: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, " prompt"]:
+        return chain_log_prob(model, resid[:, -n_read:], chain).cpu()
+
+    n_layers = model.cfg.n_layers
+    names = [[f"blocks.{layer}.{point}" for point in points] for layer in range(n_layers)]
+    before = [embed(model, tokens, offset)]
+    with model.hooks(fwd_hooks=[(name, keep) for of_layer in names for name in of_layer]):
+        for layer in range(n_layers):
+            before.append(run_blocks(model, before[-1], layer, layer + 1, cache))
+    rows = [read(before[-1])]
+    half = len(tokens) // 2
+    for layer in range(n_layers):
+        hooks: Hooks = [(name, _replacing(outputs[name].roll(half, 0), where)) for name in names[layer]]
+        with model.hooks(fwd_hooks=hooks):
+            resid = run_blocks(model, before[layer], layer, layer + 1, cache)
+        rows.append(read(run_blocks(model, resid, layer + 1, cache=cache)))
+    return torch.stack(rows)
+
+
+def _replacing(source: Float[Tensor, "prompt pos d_model"], positions: slice) -> Callable[..., Tensor]:
+    def replace(x: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> Float[Tensor, "prompt pos d_model"]:
+        new = x.clone()
+        new[:, positions] = source[:, positions]
+        return new
+
+    return replace

@@ -1,0 +1,291 @@
+"""What scaling a range does to refusals, with everything kept that scaling leaves as it was (METHOD 5).
+
+Scaling layers [i, j] changes nothing before layer i, and the state after scaled layers i..j is a prefix of the state
+after i..j+1. So the unscaled residual stream is kept at the layers where ranges start, a sweep of the upper bound
+extends one scaled state layer by layer and branches off into unscaled layers, and a full (i, j) grid over L layers
+costs about L^3/6 layer evaluations instead of L^3/2. The template's opening is run once for all prompts, scaled
+where they are. The results are those of the full forward.
+
+Two measures:
+- `log_odds`, `probability`: refusal of every prompt (refusal.py) in nats or as a probability, no generation;
+- `refuses`: text, the paper's R_o: refusal (judge.py) in the first greedy tokens. A model scaled too far babbles:
+  babble is told from refusal by the judge and does not count.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as CacheEntry
+
+from safety_mech.interventions.scaling import Recipe, check_alpha, find_recipe, scaled
+from safety_mech.layers import LayerRange
+from safety_mech.models.chat import (
+    DEFAULT_BATCH_TOKENS,
+    ChatTokens,
+    Template,
+    check_context,
+    decode_answer,
+    encode_chat,
+    end_tokens,
+    equal_length_batches,
+    shared_opening,
+    tokenizer_of,
+)
+from safety_mech.models.forward import embed, stack_rest, unembed_last
+from safety_mech.models.generation import continue_greedily
+from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, Chain, append_chain, chain_log_prob, log_odds, opening_chains
+from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, refuses
+
+MEMORY_BUDGET = 2**30
+"""Bytes of unscaled residual stream that are kept, at most; beyond it every second, third, ... layer is."""
+
+Entries = list[CacheEntry]
+"""Keys and values of one layer, one entry a batch."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Rows of equal length: which prompts, and (for log-odds) the chain of openings at their end."""
+
+    prompts: list[int]
+    chain: Chain | None
+    tokens: Tensor
+
+
+@dataclass
+class _State:
+    """The residual stream before one layer: of the opening (batch of one) and of every batch."""
+
+    opening: Tensor
+    batches: list[Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return sum(resid.numel() * resid.element_size() for resid in [self.opening, *self.batches])
+
+
+@dataclass
+class ScaledRanges:
+    """Measures ranges of one model on one prompt set, at one alpha and recipe; every cell is measured once.
+
+    `evaluations` counts blocks run, for comparison with METHOD 5's formula. Change neither model nor hooks while
+    one of these is in use: it keeps what the model said before.
+    """
+
+    model: HookedTransformer
+    prompts: Sequence[str]
+    alpha: float
+    recipe: str | Recipe = "attn_out"
+    template: str | Template = "own"
+    openings: Sequence[str] = REFUSAL_OPENINGS
+    batch_tokens: int = DEFAULT_BATCH_TOKENS
+    memory_budget: int = MEMORY_BUDGET
+    change: Callable[[LayerRange], AbstractContextManager[object]] | None = None
+    """What is done to a range, layer by layer, instead of scaling it; it may change these layers only."""
+    evaluations: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        check_alpha(self.alpha)
+        find_recipe(self.recipe)
+        chats = encode_chat(tokenizer_of(self.model), self.prompts, self.template)
+        chains = opening_chains(tokenizer_of(self.model), self.template, self.openings)
+        longest = max(JUDGED_TOKENS, *(len(chain.tokens) for chain in chains))
+        check_context(chats, self.model.cfg.n_ctx, longest)
+        self._ends = end_tokens(self.model, self.template)
+        self._chats, self._chains = chats, chains
+        self._kept: dict[str, _Kept] = {}
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.cfg.n_layers
+
+    def changed(self, layers: LayerRange) -> AbstractContextManager[object]:
+        """Scaled, or whatever `change` does."""
+        return self.change(layers) if self.change else scaled(self.model, layers, self.alpha, self.recipe)
+
+    def log_odds(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
+        """Refusal log-odds (nats, float64) of every prompt with `layers` scaled; None: unscaled."""
+        return self._states("log-odds").measure(layers)
+
+    def probability(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
+        """Probability (float64) that each prompt is answered with a refusal; its sum is the expected R_o."""
+        return self.log_odds(layers).sigmoid()
+
+    def refuses(self, layers: LayerRange | None) -> Bool[Tensor, " prompt"]:
+        """Whether each prompt is refused in text with `layers` scaled; None: unscaled. Its sum is the paper's R_o."""
+        return torch.tensor([refuses(text) for text in self.answers(layers)])
+
+    def answers(self, layers: LayerRange | None, *, whole: bool = False) -> list[str]:
+        """The first JUDGED_TOKENS greedy tokens of every answer; one that can no longer become a refusal is left where
+        that showed, unless `whole`."""
+        return self._states("text").answers(layers, whole)
+
+    def release(self) -> None:
+        """Forget all states and cells; what is measured next runs the model again."""
+        self._kept.clear()
+
+    def _states(self, measure: Literal["log-odds", "text"]) -> "_Kept":
+        if measure not in self._kept:
+            self._kept[measure] = _Kept(self, self._chats, self._chains if measure == "log-odds" else [None])
+        return self._kept[measure]
+
+    def grid(self, progress: bool = False, text: bool = False) -> Float[Tensor, "start end prompt"]:
+        """Refusal probability (`text`: refusals, 0 or 1) of every range [start, end]; NaN where end < start."""
+        measure = self.refuses if text else self.probability
+        n = self.n_layers
+        cells = torch.full((n, n, len(self.prompts)), torch.nan, dtype=torch.float64)
+        bar = tqdm(total=n * (n + 1) // 2, desc="grid", unit="range", disable=not progress)
+        with bar:
+            for start in range(n):
+                for end in range(start, n):
+                    cells[start, end] = measure(LayerRange(start, end))
+                    bar.update()
+        return cells
+
+
+class _Kept:
+    """What is kept between ranges: unscaled states, the last scaled state, and finished cells."""
+
+    def __init__(self, owner: ScaledRanges, chats: Sequence[ChatTokens], chains: Sequence[Chain | None]):
+        self.owner, self.model = owner, owner.model
+        self.text = list(chains) == [None]
+        extended = {chain: append_chain(chats, chain) if chain else list(chats) for chain in chains}
+        self.opening_length = shared_opening(chats)
+        self.batches: list[_Batch] = []
+        for chain in chains:
+            lengths = [len(chat) - self.opening_length for chat in extended[chain]]
+            for prompts in equal_length_batches(lengths, owner.batch_tokens):
+                tokens = stack_rest(self.model, extended[chain], prompts, self.opening_length)
+                self.batches.append(_Batch(prompts, chain, tokens))
+        self.opening_tokens = chats[0].tokens[: self.opening_length][None].to(self.model.embed.W_E.device)
+        self.unscaled: dict[int, _State] = {}
+        self.unscaled_entries: list[Entries] = []
+        self.scaled: tuple[LayerRange, _State, list[Entries]] | None = None
+        self.cells: dict[LayerRange | None, Tensor] = {}
+        self.texts: dict[LayerRange | None, list[str]] = {}
+        with torch.no_grad():
+            self._run_unscaled()
+
+    def _run_unscaled(self) -> None:
+        """Embed, then run all layers once, keeping every `stride`-th state (and, for text, keys and values)."""
+        offset = self.opening_length
+        state = _State(
+            embed(self.model, self.opening_tokens), [embed(self.model, batch.tokens, offset) for batch in self.batches]
+        )
+        n = self.owner.n_layers
+        self.stride = max(1, -(-state.bytes * n // self.owner.memory_budget))
+        for layer in range(n):
+            if layer % self.stride == 0:
+                self.unscaled[layer] = state
+            state, entries = self._step(state, layer)
+            if self.text:
+                self.unscaled_entries.append(entries)
+        self.final_unscaled = state
+
+    def _step(self, state: _State, layer: int) -> tuple[_State, Entries]:
+        """One block on the opening, then on every batch over the opening's keys and values."""
+        self.owner.evaluations += 1
+        block, cfg = self.model.blocks[layer], self.model.cfg
+        shared = CacheEntry.init_cache_entry(cfg, self.opening_tokens.device, 1)
+        opening = block(state.opening, past_kv_cache_entry=shared) if self.opening_length else state.opening
+        batches, entries = [], []
+        for resid in state.batches:
+            rows = len(resid)
+            entry = CacheEntry(
+                shared.past_keys.expand(rows, -1, -1, -1), shared.past_values.expand(rows, -1, -1, -1), not self.text
+            )
+            batches.append(block(resid, past_kv_cache_entry=entry))
+            entries.append(entry)
+        return _State(opening, batches), entries
+
+    def _unscaled_at(self, layer: int) -> _State:
+        """The unscaled state before a layer, run on from the nearest one kept."""
+        nearest = layer - layer % self.stride
+        state = self.unscaled[nearest]
+        for between in range(nearest, layer):
+            state, _ = self._step(state, between)
+        return state
+
+    def _scaled_to(self, layers: LayerRange) -> tuple[_State, list[Entries]]:
+        """The state after the range's scaled layers, extended from the last range if that has the same start."""
+        if self.scaled and self.scaled[0].start == layers.start and self.scaled[0].end <= layers.end:
+            done, state, entries = self.scaled
+            first, entries = done.end + 1, list(entries)
+        else:
+            first, state, entries = layers.start, self._unscaled_at(layers.start), []
+        for layer in range(first, layers.end + 1):
+            with self.owner.changed(LayerRange(layer, layer)):
+                state, new = self._step(state, layer)
+            entries.append(new)
+        self.scaled = (layers, state, entries)
+        return state, entries
+
+    def _run_range(self, layers: LayerRange | None) -> tuple[_State, list[Entries]]:
+        """The state after the last layer; for text also the keys and values of all layers."""
+        if layers is None:
+            return self.final_unscaled, self.unscaled_entries
+        layers.check_inside(self.owner.n_layers)
+        state, entries = self._scaled_to(layers)
+        entries = list(entries)
+        for layer in range(layers.end + 1, self.owner.n_layers):
+            state, new = self._step(state, layer)
+            entries.append(new)
+        return state, [*self.unscaled_entries[: layers.start], *entries]
+
+    def measure(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
+        if layers not in self.cells:
+            with torch.no_grad():
+                state, _ = self._run_range(layers)
+                self.cells[layers] = self._read_log_odds(state)
+        return self.cells[layers]
+
+    def _read_log_odds(self, state: _State) -> Float[Tensor, " prompt"]:
+        """From the last positions of all batches; those of one chain are unembedded together."""
+        log_p = torch.full((len(self.owner.prompts),), -torch.inf, dtype=torch.float64)
+        for chain in {batch.chain for batch in self.batches if batch.chain}:
+            chosen = [index for index, batch in enumerate(self.batches) if batch.chain == chain]
+            scored = torch.cat([state.batches[index][:, -len(chain.tokens) - 1 :] for index in chosen])
+            rows = [row for index in chosen for row in self.batches[index].prompts]
+            log_p[rows] = torch.logaddexp(log_p[rows], chain_log_prob(self.model, scored, chain).cpu())
+        return log_odds(log_p)
+
+    def answers(self, layers: LayerRange | None, whole: bool) -> list[str]:
+        if whole:
+            return self._generate(layers, whole)
+        if layers not in self.texts:
+            self.texts[layers] = self._generate(layers, whole)
+        return self.texts[layers]
+
+    def _generate(self, layers: LayerRange | None, whole: bool) -> list[str]:
+        decided = None if whole else cannot_refuse
+        with torch.no_grad():
+            state, entries = self._run_range(layers)
+            # All batches at once: each call reads the whole unembedding matrix.
+            last = torch.cat([resid[:, -1:] for resid in state.batches])
+            first = unembed_last(self.model, last).argmax(dim=-1).split([len(resid) for resid in state.batches])
+            started = [([layer[index] for layer in entries], tokens) for index, tokens in enumerate(first)]
+            with self.owner.changed(layers) if layers else nullcontext():
+                found = continue_greedily(self.model, started, JUDGED_TOKENS, self.owner._ends, decided)
+        texts = [""] * len(self.owner.prompts)
+        for row, tokens in zip((row for batch in self.batches for row in batch.prompts), found, strict=True):
+            texts[row] = decode_answer(tokenizer_of(self.model), tokens, self.owner._ends)
+        return texts
+
+
+def layer_evaluations(ranges: Iterable[LayerRange], n_layers: int) -> dict[str, int]:
+    """Blocks that a list of ranges costs: whole forwards, and with the scaled prefix shared (METHOD 5)."""
+    shared, count = n_layers, 0  # the unscaled pass
+    previous: LayerRange | None = None
+    for layers in ranges:
+        extends = previous is not None and previous.start == layers.start and previous.end <= layers.end
+        new_scaled = layers.end - previous.end if previous and extends else layers.width
+        shared += new_scaled + n_layers - 1 - layers.end
+        previous, count = layers, count + 1
+    return {"whole": n_layers * count, "shared": shared}

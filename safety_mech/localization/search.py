@@ -1,0 +1,157 @@
+"""The progressive search over ranges (paper §3.4), the best of the whole grid, and the search on resampled prompts.
+
+`progressive_search` is the paper's; it sees two lines of the (i, j) grid. `grid_best` looks at all of it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from safety_mech.layers import LayerRange
+from safety_mech.stats import group_numbers, resampled_counts
+
+Direction = Literal["max", "min"]
+Measure = Callable[[LayerRange], float]
+
+
+class NotFiniteError(ValueError):
+    """The measure is not a number: the scaled model's logits are not finite."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One line of the grid: the ranges tried and what the measure said; `best` is the arg max (or min)."""
+
+    bound: Literal["upper", "lower"]
+    ranges: tuple[LayerRange, ...]
+    values: tuple[float, ...]
+    best: LayerRange
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    range: LayerRange
+    upper: Sweep
+    lower: Sweep
+
+
+def progressive_search(
+    measure: Measure, initial: LayerRange, *, n_layers: int, window: int = 2, direction: Direction = "max"
+) -> SearchResult:
+    """The paper's search: hold the start and sweep the end, take the best; then hold that end and sweep the start.
+
+    A sweep evaluates the whole window to both sides, for the curves are not unimodal (Llama-3 in the paper's table):
+    no hill-climbing. A best value on the window's very edge says that the window was too small: it is then widened
+    to that side by `window` more, as the paper's lower sweeps must have been (Llama-2: from 9 down to 4).
+    Ties go to the range nearest to the one that was held. `direction`: "max" for alpha > 1, "min" for alpha < 1.
+    Raises ValueError for a range outside the model, a window below 1, or an unknown direction.
+    """
+    if direction not in ("max", "min"):
+        raise ValueError(f"direction {direction!r}: expected 'max' (alpha > 1) or 'min' (alpha < 1)")
+    if window < 1:
+        raise ValueError(f"window {window}: expected at least one layer to each side")
+    initial.check_inside(n_layers)
+    sign = 1.0 if direction == "max" else -1.0
+    ends = _best_bound(
+        lambda end: measure(LayerRange(initial.start, end)), initial.end, (initial.start, n_layers - 1), window, sign
+    )
+    best_end = ends.best
+    starts = _best_bound(lambda start: measure(LayerRange(start, best_end)), initial.start, (0, best_end), window, sign)
+    upper = Sweep(
+        "upper",
+        tuple(LayerRange(initial.start, end) for end in ends.values),
+        tuple(ends.values.values()),
+        LayerRange(initial.start, best_end),
+    )
+    lower = Sweep(
+        "lower",
+        tuple(LayerRange(start, best_end) for start in starts.values),
+        tuple(starts.values.values()),
+        LayerRange(starts.best, best_end),
+    )
+    return SearchResult(lower.best, upper, lower)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    best: int
+    values: dict[int, float]
+
+
+def _best_bound(
+    value: Callable[[int], float], centre: int, limits: tuple[int, int], window: int, sign: float
+) -> _Bound:
+    """Evaluate centre +- window inside the limits; while the best is an edge that can move, widen that side."""
+    low, high = max(limits[0], centre - window), min(limits[1], centre + window)
+    values = {bound: float(value(bound)) for bound in range(low, high + 1)}
+    while True:
+        if any(math.isnan(measured) for measured in values.values()):
+            raise NotFiniteError(
+                "the measure gave nan: the scaled model's logits are not finite; take alpha nearer to 1"
+            )
+        best = max(values, key=lambda bound: (sign * values[bound], -abs(bound - centre)))
+        if best == low and low > limits[0]:
+            wider = range(max(limits[0], low - window), low)
+        elif best == high and high < limits[1]:
+            wider = range(high + 1, min(limits[1], high + window) + 1)
+        else:
+            return _Bound(best, dict(sorted(values.items())))
+        values |= {bound: float(value(bound)) for bound in wider}
+        low, high = min(values), max(values)
+
+
+def direction_of(alpha: float) -> Direction:
+    return "max" if alpha > 1 else "min"
+
+
+def grid_best(
+    grid: Float[Tensor, "start end prompt"], direction: Direction, max_width: int | None = None
+) -> LayerRange | None:
+    """The best range of the whole grid, by the mean over prompts; `max_width`: of those at most so wide.
+
+    Cells that are nan are no candidates; None where none is left.
+    """
+    means = grid.double().mean(-1)
+    widths = torch.arange(len(means))[None] - torch.arange(len(means))[:, None]
+    allowed = (widths >= 0) & (widths < (max_width or len(means))) & ~means.isnan()
+    if not allowed.any():
+        return None
+    sign = 1.0 if direction == "max" else -1.0
+    flat = int(torch.where(allowed, sign * means, -torch.inf).argmax())
+    return LayerRange(flat // len(means), flat % len(means))
+
+
+def resampled_search(
+    cell: Callable[[LayerRange], Float[Tensor, " prompt"]],
+    initial: LayerRange,
+    *,
+    n_layers: int,
+    window: int,
+    direction: Direction,
+    clusters: Sequence[Hashable] | None = None,
+    samples: int = 200,
+    seed: int = 0,
+) -> Counter[LayerRange]:
+    """The search's answers over bootstrap samples of prompts, or of whole `clusters` of them (one label a prompt).
+
+    Cells are kept per prompt, so a sample is a weighted mean.
+    """
+    numbers = group_numbers(len(cell(initial)), clusters)
+    counts = resampled_counts(samples, max(numbers) + 1, torch.Generator().manual_seed(seed))
+    answers: Counter[LayerRange] = Counter()
+    for weights in counts[:, numbers]:
+        found = progressive_search(
+            lambda layers, weights=weights: float(cell(layers).double() @ weights / weights.sum()),
+            initial,
+            n_layers=n_layers,
+            window=window,
+            direction=direction,
+        )
+        answers[found.range] += 1
+    return answers

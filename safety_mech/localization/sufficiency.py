@@ -1,0 +1,100 @@
+"""Which part of the trained layers does the work? The base with some layers of the aligned model put into it.
+
+Training layers a..b to refuse does not mean that all of them refuse: a few may carry it, and the rest may have moved
+for nothing. The CORE is the narrowest range of the aligned model's layers that gives the base most of the margin
+(margin.py) that alignment gave it. It needs the base, and says what a locator without one can hope to find.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from safety_mech.interventions.weight_swap import swapped
+from safety_mech.layers import LayerRange
+from safety_mech.localization.range_sweep import ScaledRanges
+from safety_mech.localization.slopes import margin
+from safety_mech.models.chat import Template
+from safety_mech.refusal.log_odds import REFUSAL_OPENINGS
+
+CORE_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Transplants:
+    """`shares[i, j]`: share of the margin gained by alignment that layers i..j alone, put into the base, give it; it
+    may exceed 1, or be negative. `refused[i, j]`: share of malicious prompts that are then more likely refused than
+    not. Both NaN where not measured. `gained`: the margin, in nats."""
+
+    shares: Float[Tensor, "start end"]
+    refused: Float[Tensor, "start end"]
+    gained: float
+
+    @classmethod
+    def from_plain(cls, record: dict[str, Any]) -> "Transplants":
+        """Back from JSON as `to_plain` gave it."""
+        shares, refused = (torch.full([record["n_layers"]] * 2, torch.nan, dtype=torch.float64) for _ in range(2))
+        for start, end, share, part in record["cells"]:
+            shares[start, end], refused[start, end] = share, part
+        return cls(shares, refused, record["gained"])
+
+    def to_plain(self) -> dict[str, Any]:
+        """What JSON knows; of every measured range [start, end, share, refused]."""
+        cells = [
+            [start, end, float(self.shares[start, end]), float(self.refused[start, end])]
+            for start, end in (~self.shares.isnan()).nonzero().tolist()
+        ]
+        return {"n_layers": len(self.shares), "gained": self.gained, "cells": cells}
+
+    def core(self, share: float = CORE_SHARE) -> LayerRange | None:
+        """The narrowest range with at least this share; of equally narrow ones that with the greatest share."""
+        enough = [LayerRange(start, end) for start, end in (self.shares >= share).nonzero().tolist()]
+        return min(enough, key=lambda part: (part.width, -float(self.shares[part.start, part.end])), default=None)
+
+    @property
+    def best_single(self) -> tuple[int, float]:
+        """The layer that alone gives the largest share, and that share."""
+        alone = self.shares.diagonal().nan_to_num(-torch.inf)
+        return int(alone.argmax()), float(alone.max())
+
+
+def transplant(
+    model: HookedTransformer,
+    base: HookedTransformer,
+    layers: LayerRange,
+    malicious: Sequence[str],
+    normal: Sequence[str],
+    template: str | Template = "own",
+    openings: Sequence[str] = REFUSAL_OPENINGS,
+) -> Transplants:
+    """Put every range within `layers` of the aligned model into the base, and measure the margin.
+
+    Prefixes are kept and shared (METHOD 5). Raises ValueError for models of different shapes, layers outside of them,
+    or a model whose margin is not above the base's.
+    """
+    layers.check_inside(base.cfg.n_layers)
+    sets = [
+        ScaledRanges(
+            base, texts, 1.0, template=template, openings=openings, change=lambda part: swapped(base, model, part)
+        )
+        for texts in (malicious, normal)
+    ]
+
+    def measured(part: LayerRange | None) -> tuple[float, float]:
+        log_odds = [ranges.log_odds(part) for ranges in sets]
+        return float(margin(*log_odds)), float((log_odds[0] > 0).double().mean())
+
+    before, _ = measured(None)
+    gained = measured(LayerRange(0, base.cfg.n_layers - 1))[0] - before
+    if not gained > 0:
+        raise ValueError(f"the margin is {gained:+.2f} nats above the base's: expected a model that was aligned")
+    shares, refused = (torch.full([base.cfg.n_layers] * 2, torch.nan, dtype=torch.float64) for _ in range(2))
+    for start in layers:
+        for end in range(start, layers.end + 1):
+            after, refused[start, end] = measured(LayerRange(start, end))
+            shares[start, end] = (after - before) / gained
+    return Transplants(shares, refused, gained)

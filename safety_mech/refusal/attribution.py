@@ -1,0 +1,138 @@
+"""Which tokens of a prompt move the refusal: the effect of replacing a token, and its slope.
+
+    effect_t = L - L(e_t := baseline)          L = refusal log-odds of the prompt (refusal.py), in nats
+    slope_t  = <dL/de_t, e_t - baseline>       e_t = embedding of token t; gradient times input
+
+The effect is measured: one batch with a row a token. The slope is its first-order estimate for all tokens at once, one
+forward pass for each chain of openings and one backward pass; where the two disagree, the effect is right. They may: on
+smollm2-135m-aligned "kill" in "Explain why a process might survive after I kill it from the terminal." has effect +2.4
+(its presence raises the log-odds) and slope -1.7. Over the questions' tokens of six prompts, three malicious and
+three harmless, effect and slope correlated by -0.3 to 0.5 (Pearson; with a baseline of zeros -0.4 to 0.8).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
+
+from safety_mech.models.chat import DEFAULT_BATCH_TOKENS, ChatTokens, Template, check_context, encode_chat, tokenizer_of
+from safety_mech.models.forward import common_opening
+from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, Chain, append_chain, batch_log_odds, opening_chains
+
+
+@dataclass(frozen=True)
+class TokenAttribution:
+    """`values[t]`, in nats, belongs to `tokens[t]`; `question`: the positions of the prompt inside the template."""
+
+    tokens: tuple[str, ...]
+    values: Float[Tensor, " pos"]
+    question: range
+    log_odds: float
+
+
+def refusal_attribution(
+    model: HookedTransformer,
+    prompt: str,
+    template: str | Template = "own",
+    openings: Sequence[str] = REFUSAL_OPENINGS,
+    *,
+    baseline: Float[Tensor, " d_model"] | None = None,
+) -> TokenAttribution:
+    """Slope of the refusal log-odds, gradient times input, for every token of the prompt in its template.
+
+    Computed as the derivative with respect to a strength s_t at 0, with every embedding at e_t + s_t (e_t - baseline).
+
+    What it means: a_t > 0 says that moving token t's embedding a little further from `baseline` (default: the mean
+    embedding of the vocabulary, "no token in particular") raises the log-odds of a refusal, by a_t nats for each
+    whole step.
+    What it does not mean: it is a slope, and not what happens when the token is taken out or replaced, of which it may
+    even have the wrong sign (`replacement_effects` measures that); in a saturated model the slopes are small though
+    the token decides. The values do not add up to the log-odds. And it says
+    nothing about the layer in which the token does its work. A baseline of zeros gives the textbook's gradient
+    times embedding, which in models with a norm before every block sees little: the norm takes the length away.
+
+    Raises ValueError as `refusal_log_odds` does. float64 values; exact up to the model's own precision.
+    """
+    chats, chains = _encode(model, prompt, template, openings)
+    centre = _baseline(model, baseline)
+    strength = torch.zeros(len(chats[0]), dtype=centre.dtype, device=centre.device, requires_grad=True)
+    with torch.enable_grad(), model.hooks(fwd_hooks=[("hook_embed", _away_from(centre, strength))]):
+        opening = common_opening(model, chats)  # of one prompt: none, so that the hook sees every position
+        value = batch_log_odds(model, chats, chains, opening)[0]
+        (slopes,) = torch.autograd.grad(value, strength)
+    return _attribution(model, chats[0], slopes, value)
+
+
+def replacement_effects(
+    model: HookedTransformer,
+    prompt: str,
+    template: str | Template = "own",
+    openings: Sequence[str] = REFUSAL_OPENINGS,
+    *,
+    baseline: Float[Tensor, " d_model"] | None = None,
+) -> TokenAttribution:
+    """What the refusal log-odds lose when one token's embedding is replaced by `baseline`, for every token in turn.
+
+    Positive: with the token there, the model refuses more. The others stay, so that two tokens which say the same may
+    both show nothing; the values do not add up to the log-odds. `baseline` as in `refusal_attribution`.
+    Raises ValueError as `refusal_log_odds` does. float64.
+    """
+    chats, chains = _encode(model, prompt, template, openings)
+    opening = common_opening(model, chats)
+    length = len(chats[0])
+    rows = max(1, DEFAULT_BATCH_TOKENS // length)
+    replaced = []
+    with torch.no_grad():
+        value = batch_log_odds(model, chats, chains, opening)[0]
+        for first in range(0, length, rows):
+            positions = torch.arange(first, min(length, first + rows))
+            with model.hooks(fwd_hooks=[("hook_embed", _replace_one_a_row(_baseline(model, baseline), positions))]):
+                replaced.append(batch_log_odds(model, chats * len(positions), chains, opening))
+    return _attribution(model, chats[0], value - torch.cat(replaced), value)
+
+
+def _encode(
+    model: HookedTransformer, prompt: str, template: str | Template, openings: Sequence[str]
+) -> tuple[list[ChatTokens], tuple[Chain, ...]]:
+    chats = encode_chat(tokenizer_of(model), [prompt], template)
+    chains = opening_chains(tokenizer_of(model), template, openings)
+    for chain in chains:
+        check_context(append_chain(chats, chain), model.cfg.n_ctx)
+    return chats, chains
+
+
+def _baseline(model: HookedTransformer, given: Float[Tensor, " d_model"] | None) -> Float[Tensor, " d_model"]:
+    embedding = model.embed.W_E.detach()
+    return embedding.mean(0) if given is None else given.to(embedding)
+
+
+def _attribution(
+    model: HookedTransformer, chat: ChatTokens, values: Float[Tensor, " pos"], log_odds: Tensor
+) -> TokenAttribution:
+    texts = tuple(str(tokenizer_of(model).decode([token])) for token in chat.tokens.tolist())
+    return TokenAttribution(texts, values.detach().double().cpu(), chat.question, float(log_odds.detach()))
+
+
+def _replace_one_a_row(centre: Float[Tensor, " d_model"], positions: Int[Tensor, " prompt"]) -> Callable[..., Tensor]:
+    """(embedding, hook) -> embedding with row k's token `positions[k]`, and no other, replaced by `centre`."""
+
+    def replace(embedding: Float[Tensor, "prompt all_pos d_model"], hook: HookPoint) -> Tensor:
+        new = embedding.clone()
+        new[torch.arange(len(positions)), positions] = centre
+        return new
+
+    return replace
+
+
+def _away_from(centre: Float[Tensor, " d_model"], strength: Float[Tensor, " pos"]) -> Callable[..., Tensor]:
+    """(embedding, hook) -> embedding moved away from `centre`; tokens behind the prompt's, the openings', stay."""
+
+    def move(embedding: Float[Tensor, "prompt all_pos d_model"], hook: HookPoint) -> Tensor:
+        padded = torch.nn.functional.pad(strength, (0, embedding.shape[1] - len(strength)))
+        return embedding + padded[:, None] * (embedding - centre)
+
+    return move

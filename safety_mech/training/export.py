@@ -1,0 +1,239 @@
+"""Keeping a fine-tuned model: our own state file, and a Hugging Face folder that transformers loads.
+
+    save_state, load_state    one safetensors file of the HookedTransformer's parameters, under its own names
+    export_transformers       config and tokenizer of the base, weights of the HookedTransformer (Llama family)
+
+Tied embeddings are two tensors in a HookedTransformer, and training may move them apart: an export stays tied only
+while they are equal, and says `tie_word_embeddings: false` otherwise.
+Everything is written under a temporary name first: a kill leaves no half file or folder under the name asked for.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformer_lens import HookedTransformer
+from transformers import PreTrainedTokenizerBase
+
+from safety_mech.models.loading import load_transformers
+from safety_mech.models.parameters import as_linear, block_projections
+from safety_mech.training.lora import is_adapter_parameter
+
+LLAMA_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""Architectures with the same names for everything that is exported; SmolLM2 is a Llama."""
+
+
+def save_state(model: HookedTransformer, path: str | Path) -> Path:
+    """Write all parameters of `model` to one safetensors file, replacing an older one; return its path.
+
+    Raises ValueError if `path` is a folder.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ValueError(f"state {str(path)!r} is a folder: expected the name of a file, such as model.safetensors")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
+    partial = path.with_name(path.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={"format": "pt", "written_by": "safety_mech.save_state"})
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def load_state(model: HookedTransformer, path: str | Path) -> HookedTransformer:
+    """Put the parameters of a `save_state` file into `model`, IN PLACE, and return it.
+
+    The tensors stay where and as they lie in memory (models.restore_linear_layout), in the model's number format.
+    Raises ValueError for a file that is missing or damaged, or whose names or shapes are not the model's; the model
+    is then as it was.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"state {str(path)!r}: no such file; expected one written by save_state")
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _check_shapes(f"state {str(path)!r}", shapes, _shapes(dict(model.named_parameters())), "the model")
+            for name, parameter in model.named_parameters():
+                parameter.copy_(file.get_tensor(name))
+    except SafetensorError as error:
+        raise ValueError(f"state {str(path)!r} is no whole safetensors file: {str(error).splitlines()[0]}") from error
+    return model
+
+
+def export_transformers(
+    model: HookedTransformer, base: str | Path, folder: str | Path, *, overwrite: bool = False
+) -> Path:
+    """Write `model` as a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads; return the folder.
+
+    1. config and tokenizer come from `base`: what `model` was loaded from, a name that `load_model` understands;
+    2. weights come from `model`: projections, norms, embedding, unembedding, Qwen2's biases of q, k and v;
+    3. all of it goes to a temporary folder beside `folder`, which is renamed at the end.
+
+    `overwrite`: replace a model that is in `folder` already. Weights keep the model's number format, in one file.
+    Raises ValueError for a base outside the Llama family or of another shape than `model`, for folded weights, for
+    weights that the architecture has no place for, for low-rank updates that are still on the model, and for a
+    folder that is not empty.
+    """
+    folder = Path(folder).expanduser().resolve()
+    _check_folder(folder, overwrite)
+    _check_exportable(model)
+    hf_model, tokenizer = load_transformers(base, model.embed.W_E.dtype)
+    config = hf_model.config
+    config.architectures = config.architectures or [type(hf_model).__name__]  # a GGUF file does not name it
+    _check_same_kind(model, config, str(base))
+    config.tie_word_embeddings = bool(config.tie_word_embeddings) and torch.equal(model.embed.W_E, model.unembed.W_U.T)
+    weights = _linear_weights(model, biases=config.architectures[0] == "Qwen2ForCausalLM")
+    _check_shapes(f"base {str(base)!r}", _shapes(hf_model.state_dict()), _shapes(weights), "the model")
+    if config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        _write_folder(partial, hf_model, tokenizer, weights)
+        _put_in_place(partial, folder, overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _linear_weights(model: HookedTransformer, biases: bool) -> dict[str, Tensor]:
+    """All weights under transformers' names; ValueError for one that is not zero and has no name there."""
+    weights: dict[str, Any] = {
+        "model.embed_tokens.weight": model.embed.W_E,
+        "model.norm.weight": model.ln_final.w,
+        "lm_head.weight": model.unembed.W_U.T,
+    }
+    written = {"embed.W_E", "ln_final.w", "unembed.W_U"}
+    projections = block_projections(model)
+    for layer in range(model.cfg.n_layers):
+        parameters: dict[str, Tensor] = dict(model.blocks[layer].named_parameters())
+        prefix = f"model.layers.{layer}"
+        used = ["ln1.w", "ln2.w"]
+        weights[f"{prefix}.input_layernorm.weight"] = parameters["ln1.w"]
+        weights[f"{prefix}.post_attention_layernorm.weight"] = parameters["ln2.w"]
+        for projection in projections:
+            used.append(projection.hooked)
+            weights[f"{prefix}.{projection.module}.weight"] = as_linear(
+                projection, parameters[projection.hooked], model
+            )
+        for projection in projections[:3] if biases else ():
+            bias = projection.hooked.replace("W_", "b_")
+            used.append(bias)
+            weights[f"{prefix}.{projection.module}.bias"] = _flat_bias(parameters[bias])
+        written |= {f"blocks.{layer}.{name}" for name in used}
+    lost = [name for name, parameter in model.named_parameters() if name not in written and parameter.any()]
+    if lost:
+        raise ValueError(
+            f"{lost[0]} is not zero, and the base's architecture has no place for it ({len(lost)} such weights): "
+            "set it to zero, or keep the model with save_state"
+        )
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+def _flat_bias(bias: Float[Tensor, "head d_head"]) -> Float[Tensor, " out"]:
+    return rearrange(bias, "head d_head -> (head d_head)")
+
+
+def _check_exportable(model: HookedTransformer) -> None:
+    if any(is_adapter_parameter(name) for name, _ in model.named_parameters()):
+        raise ValueError(
+            "low-rank updates are still on the model: save them with save_adapter, and export without them"
+        )
+    if model.cfg.normalization_type != "RMS":
+        raise ValueError(
+            f"normalization {model.cfg.normalization_type!r}: expected 'RMS', a Llama-like model with its norms; "
+            "load it with process_weights=False, folded weights cannot be exported"
+        )
+
+
+def _check_same_kind(model: HookedTransformer, config: Any, base: str) -> None:
+    """What the shapes do not show, too: the same weights under another eps or rotary base give other logits."""
+    architecture = config.architectures[0]
+    if architecture not in LLAMA_FAMILY:
+        raise ValueError(f"base {base!r} is a {architecture}: export knows {', '.join(LLAMA_FAMILY)} only")
+    cfg, rope = model.cfg, getattr(config, "rope_parameters", None) or {}
+    pairs = {
+        "architecture": (architecture, cfg.original_architecture or architecture),
+        "layers": (config.num_hidden_layers, cfg.n_layers),
+        "width": (config.hidden_size, cfg.d_model),
+        "MLP width": (config.intermediate_size, cfg.d_mlp),
+        "heads": (config.num_attention_heads, cfg.n_heads),
+        "key-value heads": (config.num_key_value_heads, cfg.n_key_value_heads or cfg.n_heads),
+        "vocabulary": (config.vocab_size, cfg.d_vocab),
+        "activation": (config.hidden_act, cfg.act_fn),
+        "norm eps": (config.rms_norm_eps, cfg.eps),
+        "rotary base": (float(rope.get("rope_theta", cfg.rotary_base)), float(cfg.rotary_base)),
+    }
+    for name, (expected, given) in pairs.items():
+        if expected != given:
+            raise ValueError(
+                f"base {base!r} has {name} {expected}, the model {given}: name the base that the model was loaded from"
+            )
+
+
+def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_shapes(
+    source: str, given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], owner: str
+) -> None:
+    """Same names and shapes, or a ValueError that names the first difference."""
+    if missing := [name for name in expected if name not in given]:
+        raise ValueError(f"{source} lacks {len(missing)} weights of {owner}, the first is {missing[0]}")
+    if extra := [name for name in given if name not in expected]:
+        raise ValueError(f"{source} has {len(extra)} weights that {owner} lacks, the first is {extra[0]}")
+    for name, shape in expected.items():
+        if given[name] != shape:
+            raise ValueError(f"{source}: {name} has shape {given[name]}, expected {shape} as in {owner}")
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Only a model is ever replaced: `overwrite` must not delete what else somebody keeps in a folder."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file: expected a folder to export to")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"folder {str(folder)!r} is not empty: name another, or pass overwrite=True to replace a model"
+        )
+    if not (folder / "config.json").is_file() or any(path.is_dir() for path in folder.iterdir()):
+        raise ValueError(f"folder {str(folder)!r} holds other things than a model: it is not overwritten, name another")
+
+
+def _write_folder(folder: Path, hf_model: Any, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor]) -> None:
+    hf_model.config.dtype = weights["model.embed_tokens.weight"].dtype
+    hf_model.config.save_pretrained(folder)
+    if hf_model.generation_config is not None:  # as it is: save_pretrained refuses what some checkpoints hold
+        hf_model.generation_config.to_json_file(folder / "generation_config.json")
+    tokenizer.save_pretrained(folder)
+    tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _put_in_place(partial: Path, folder: Path, overwrite: bool) -> None:
+    """Rename, with the old model set aside until the new one stands."""
+    _check_folder(folder, overwrite)  # again: writing took a while
+    if not folder.exists() or not any(folder.iterdir()):
+        partial.replace(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=".old-", dir=folder.parent))
+    folder.replace(old)
+    try:
+        partial.replace(folder)
+    except OSError:
+        old.replace(folder)
+        raise
+    shutil.rmtree(old)

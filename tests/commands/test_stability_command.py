@@ -1,0 +1,94 @@
+"""`experiments/stability.py`: locate again with other prompts and templates; overlaps by hand; resumable."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import safety_mech as sm
+from safety_mech.localization.located import Located, PromptSets
+
+
+@pytest.fixture(scope="module")
+def stability(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("stability")
+
+
+@pytest.fixture
+def config_for(stability: ModuleType, llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+    def make(**changes: object) -> Any:
+        settings = {
+            "model": str(llama_folder),
+            "methods": ("gap", "margin", "patching"),
+            "n_prompts": 12,
+            "n_over_rejection": 4,
+            "halvings": 2,
+            "out": str(tmp_path / "runs"),
+        }
+        return stability.StabilityConfig(**{**settings, **changes})
+
+    return make
+
+
+@pytest.mark.whole_run
+def test_every_method_at_every_place_and_not_twice(stability, config_for, monkeypatch):
+    folder = stability.main(config_for())
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert len(metrics["answers"]) == 3 * (1 + 1 + 4)
+    compared = [row["comparison"] for row in metrics["overlaps"] if row["method"] == "margin"]
+    assert compared == ["bootstrap of the prompts", "disjoint halves", "templates"]
+    monkeypatch.setattr(sm, "load_model", lambda *_, **__: pytest.fail("located again"))
+    again = stability.main(config_for())
+    assert (again / "table.txt").read_text() == (folder / "table.txt").read_text()
+    assert "from disjoint halves of the prompts" in (again / "report.html").read_text("utf-8")
+    with pytest.raises(pytest.fail.Exception, match="located again"):  # control
+        stability.main(config_for(seed=1))
+
+
+def test_halves_are_disjoint_and_whole(stability):
+    prompts = PromptSets([f"n{i}" for i in range(9)], [f"m{i}" for i in range(8)])
+    first, second = (stability.half_of(prompts, 3, side) for side in (0, 1))
+    assert sorted([*first.normal, *second.normal]) == sorted(prompts.normal)
+    assert not set(first.malicious) & set(second.malicious)
+    assert stability.half_of(prompts, 4, 0).normal != first.normal
+
+
+def test_overlaps_by_hand(stability):
+    def located(start: int, end: int, samples: Counter | None = None) -> Located:
+        return Located("m", sm.LayerRange(start, end), torch.zeros(9).double(), samples or Counter())
+
+    places = [
+        stability.Place(name, PromptSets([], []))
+        for name in ("set a b", "set c d", "template alpaca", "half 1a", "half 1b", "half 2a", "half 2b")
+    ]
+    drawn = Counter({sm.LayerRange(0, 3): 2, sm.LayerRange(2, 5): 1})
+    found = [located(0, 3, drawn), located(2, 5), None, located(1, 2), located(1, 2), located(0, 0), located(5, 5)]
+    answers = {("m", place.name): answer for place, answer in zip(places, found, strict=True)}
+    rows = {row.comparison: row for row in stability.overlaps("m", answers, places, stability.StabilityConfig())}
+    assert rows["bootstrap of the prompts"].iou.value == pytest.approx((1 + 2 / 6 + 2 / 6) / 3)
+    assert rows["bootstrap of the prompts"].answers == ("[0, 3] x2", "[2, 5] x1")
+    assert rows["disjoint halves"].iou.value == 0.5
+    assert rows["prompt sets"].iou.value == pytest.approx(2 / 6)
+    assert rows["templates"].iou.value == 0.0  # no answer overlaps with nothing
+    assert rows["templates"].answers == ("[0, 3] x1", "none x1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("magic",)}, "method 'magic': expected some of"),
+        ({"normal_sets": ("normal:test", "normal:train")}, "2 normal and 1 malicious sets"),
+        ({"n_prompts": 3}, "expected n_prompts >= 8"),
+        ({"templates": ("poem",)}, "template 'poem'"),
+        ({"malicious_sets": ("absent.csv",)}, "no such file"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(stability, config_for, changes, message, monkeypatch):
+    monkeypatch.setattr(sm, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        stability.main(config_for(**changes))

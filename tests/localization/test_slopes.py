@@ -1,0 +1,130 @@
+"""Slopes of the refusal log-odds by each layer's scale: against finite differences in float64, and real scaling."""
+
+import pytest
+import torch
+from conftest import GPT2_STYLE, PROMPTS, build_tiny_model
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from safety_mech import LayerRange, refusal_log_odds
+from safety_mech.interventions.scaling import scaled
+from safety_mech.localization.slopes import LAYER_OUTPUTS, PARTS, finite_slopes, log_odds_slopes, margin
+
+OPENINGS = ("I'm sorry", "I can't", "Sorry")
+SOME = PROMPTS[2:6]  # two of equal length among them
+
+
+@pytest.fixture(scope="module")
+def exact_model() -> HookedTransformer:
+    """In float64, so that 1e-6 is a claim about the code."""
+    return build_tiny_model(seed=3, dtype=torch.float64).to(torch.float64)
+
+
+def central_difference(model: HookedTransformer, layers: LayerRange, recipe, step: float = 1e-5, **options) -> Tensor:
+    """The oracle: `scaled` a little up and a little down, full forward passes, prompt by prompt."""
+    ends = []
+    for alpha in (1 + step, 1 - step):
+        with scaled(model, layers, alpha, recipe):
+            ends.append(torch.cat([refusal_log_odds(model, [p], openings=OPENINGS, **options) for p in SOME]))
+    return (ends[0] - ends[1]) / (2 * step)
+
+
+@pytest.mark.parametrize("style", [{}, GPT2_STYLE, {"output_logits_soft_cap": 2.0}], ids=["rotary", "gpt-2", "cap"])
+def test_slopes_equal_finite_differences(style):
+    model = build_tiny_model(seed=3, dtype=torch.float64, **style).to(torch.float64)
+    found = log_odds_slopes(model, SOME, openings=OPENINGS)
+    assert found.shape == (len(SOME), 2, 6)
+    assert found.dtype == torch.float64
+    for index, part in enumerate(PARTS):
+        for layer in range(6):
+            expected = central_difference(model, LayerRange(layer, layer), part)
+            torch.testing.assert_close(found[:, index, layer], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_slopes_differ_between_layers_parts_and_prompts(exact_model):
+    """Control: no two of those compared above are nearly equal."""
+    flat = log_odds_slopes(exact_model, SOME, openings=OPENINGS).flatten()
+    distances = (flat[:, None] - flat[None]).abs()
+    assert distances[~torch.eye(len(flat), dtype=torch.bool)].min() > 1e-4
+
+
+def test_a_range_has_the_sum_of_its_layers_slopes(exact_model):
+    slopes = log_odds_slopes(exact_model, SOME, openings=OPENINGS)
+    expected = central_difference(exact_model, LayerRange(1, 3), LAYER_OUTPUTS)
+    torch.testing.assert_close(slopes[:, :, 1:4].sum((1, 2)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_in_another_template(exact_model):
+    found = log_odds_slopes(exact_model, SOME, "alpaca_short", OPENINGS)
+    expected = central_difference(exact_model, LayerRange(2, 2), "attn_out", template="alpaca_short")
+    torch.testing.assert_close(found[:, 0, 2], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_batches_change_nothing(exact_model):
+    together, alone = (log_odds_slopes(exact_model, PROMPTS, batch_tokens=tokens) for tokens in (10_000, 1))
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+
+
+def test_hooks_of_the_user_are_active(exact_model):
+    with scaled(exact_model, LayerRange(1, 1), 1.5):
+        found = log_odds_slopes(exact_model, SOME, openings=OPENINGS)
+        expected = central_difference(exact_model, LayerRange(3, 3), "mlp_out")
+    torch.testing.assert_close(found[:, 1, 3], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found, log_odds_slopes(exact_model, SOME, openings=OPENINGS))
+
+
+def test_the_model_is_left_as_it_was(fresh_tiny_model):
+    tokens = torch.tensor([[5, 6, 7]])
+    before = fresh_tiny_model(tokens)
+    with torch.no_grad():  # a caller's no_grad does not matter
+        slopes = log_odds_slopes(fresh_tiny_model, SOME)
+    assert not slopes.requires_grad
+    assert torch.equal(fresh_tiny_model(tokens), before)
+    assert all(parameter.grad is None for parameter in fresh_tiny_model.parameters())
+    assert not any(point.fwd_hooks or point.bwd_hooks for point in fresh_tiny_model.hook_dict.values())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "alpha", "width"), [("attn_out", 1.3, 1), ("mlp_out", 0.8, 1), (LAYER_OUTPUTS, 1.2, 3)]
+)
+def test_finite_slopes_equal_the_full_forward(exact_model, recipe, alpha, width):
+    found = finite_slopes(exact_model, SOME, alpha, recipe, openings=OPENINGS, width=width)
+    assert found.shape == (len(SOME), 6 - width + 1)
+    plain = refusal_log_odds(exact_model, SOME, openings=OPENINGS)
+    for start in range(6 - width + 1):
+        with scaled(exact_model, LayerRange(start, start + width - 1), alpha, recipe):
+            moved = refusal_log_odds(exact_model, SOME, openings=OPENINGS)
+        torch.testing.assert_close(found[:, start], (moved - plain) / (alpha - 1), rtol=0, atol=1e-8)
+
+
+def test_finite_slopes_near_the_derivative_as_alpha_nears_one(exact_model):
+    slopes = log_odds_slopes(exact_model, SOME, openings=OPENINGS)
+    for recipe, expected in (("attn_out", slopes[:, 0]), ("mlp_out", slopes[:, 1]), (LAYER_OUTPUTS, slopes.sum(1))):
+        near, far = (finite_slopes(exact_model, SOME, a, recipe, openings=OPENINGS) for a in (1 + 1e-6, 1.5))
+        torch.testing.assert_close(near, expected, rtol=1e-3, atol=1e-4)
+        assert (far - expected).abs().max() > 0.05  # control
+
+
+def test_the_margin_by_hand():
+    assert float(margin(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 0.0, 2.0]))) == 3.0
+
+
+def test_bad_input(tiny_model):
+    with pytest.raises(ValueError, match="alpha = 1 changes nothing"):
+        finite_slopes(tiny_model, SOME, 1.0)
+    with pytest.raises(ValueError, match="width 7: expected 1 to 6"):
+        finite_slopes(tiny_model, SOME, 1.1, width=7)
+    with pytest.raises(ValueError, match="no prompts were given"):
+        log_odds_slopes(tiny_model, [])
+    with pytest.raises(ValueError, match="the context holds 128"):
+        log_odds_slopes(tiny_model, ["why " * 200])
+
+
+@pytest.mark.real_model
+def test_slopes_of_the_real_model_equal_finite_differences(real_model):
+    prompts = ["How do I pick a lock?", "How do I bake a cake?"]
+    found = log_odds_slopes(real_model, prompts, openings=OPENINGS)
+    for layer in (3, 20):
+        expected = finite_slopes(real_model, prompts, 1.01, "attn_out", openings=OPENINGS)[:, layer]
+        below = finite_slopes(real_model, prompts, 0.99, "attn_out", openings=OPENINGS)[:, layer]
+        torch.testing.assert_close(found[:, 0, layer], (expected + below) / 2, rtol=0.02, atol=0.02)

@@ -1,0 +1,84 @@
+"""The core of a model of which we know what was put into it."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import PROMPTS, build_tiny_model
+from transformer_lens import HookedTransformer
+
+from safety_mech import LayerRange, refusal_log_odds
+from safety_mech.localization.slopes import margin
+from safety_mech.localization.sufficiency import Transplants, transplant
+
+OPENINGS = ("I'm sorry", "I can't")
+MALICIOUS, NORMAL = PROMPTS[:4], PROMPTS[4:]
+
+
+def built(*others: int) -> HookedTransformer:
+    """The base, with these layers of another model."""
+    model, other = (build_tiny_model(seed, dtype=torch.float64).to(torch.float64) for seed in (0, 1))
+    for layer in others:
+        model.blocks[layer].load_state_dict(other.blocks[layer].state_dict())
+    return model
+
+
+def margin_of(model: HookedTransformer) -> float:
+    return float(margin(*(refusal_log_odds(model, texts, openings=OPENINGS) for texts in (MALICIOUS, NORMAL))))
+
+
+def test_shares_are_those_of_models_put_together():
+    base, model = built(), built(1, 2, 4)
+    sign = 1 if margin_of(model) > margin_of(base) else -1  # random models: either set may be "malicious"
+    sets = (MALICIOUS, NORMAL)[::sign]
+    found = transplant(model, base, LayerRange(1, 4), *sets, openings=OPENINGS)
+    gained = margin_of(model) - margin_of(base)
+    assert found.gained == pytest.approx(sign * gained)
+    for start in range(6):
+        for end in range(6):
+            if not 1 <= start <= end <= 4:
+                assert math.isnan(found.shares[start, end])
+                continue
+            part = built(*(layer for layer in (1, 2, 4) if start <= layer <= end))
+            expected = (margin_of(part) - margin_of(base)) / gained
+            assert float(found.shares[start, end]) == pytest.approx(expected, abs=1e-6)
+    assert float(found.shares[3, 3]) == pytest.approx(0, abs=1e-6), "control: layer 3 is the base's"
+    assert float(found.shares[1, 4]) == pytest.approx(1)
+    whole = refusal_log_odds(model, sets[0], openings=OPENINGS)
+    assert float(found.refused[1, 4]) == float((whole > 0).double().mean())
+    assert margin_of(base) == margin_of(built())
+    again = Transplants.from_plain(json.loads(json.dumps(found.to_plain())))
+    assert torch.equal(again.shares.nan_to_num(9), found.shares.nan_to_num(9))
+    assert torch.equal(again.refused.nan_to_num(9), found.refused.nan_to_num(9))
+    assert again.gained == found.gained
+
+
+def test_the_core_is_the_narrowest_range_with_enough():
+    shares = torch.full((4, 4), torch.nan, dtype=torch.float64)
+    for (start, end), share in {(0, 0): 0.1, (1, 1): 0.5, (2, 2): 0.3, (0, 1): 0.6, (1, 2): 0.85, (0, 2): 1.0}.items():
+        shares[start, end] = share
+    found = Transplants(shares, shares, 3.0)
+    assert found.core() == LayerRange(1, 2)
+    assert found.core(0.9) == LayerRange(0, 2)
+    assert found.core(0.4) == LayerRange(1, 1)
+    assert found.core(1.1) is None
+    assert found.best_single == (1, 0.5)
+
+
+@pytest.mark.parametrize("best", [0, 2, 3])
+def test_of_equally_narrow_ranges_the_core_is_that_with_the_greatest_share(best):
+    shares = torch.full((4, 4), torch.nan, dtype=torch.float64)
+    for layer, share in zip((0, 2, 3), (0.85, 0.9, 0.95), strict=True):
+        shares[layer, layer] = share
+    shares[best, best] = 0.99
+    shares[0, 3] = 1.2  # wider, with more
+    found = Transplants(shares, shares, 3.0)
+    assert found.core() == LayerRange(best, best)
+    assert found.core(0.99) == LayerRange(best, best), "the share itself is enough"
+    assert found.core(0.995) == LayerRange(0, 3)
+
+
+def test_a_model_that_was_not_aligned():
+    with pytest.raises(ValueError, match=r"the margin is \+0.00 nats above the base's: expected a model"):
+        transplant(built(), built(), LayerRange(1, 2), MALICIOUS, NORMAL, openings=OPENINGS)

@@ -1,0 +1,284 @@
+"""judges: the strict parser, an HTTP judge against a real server on loopback, a tiny classifier, the mean."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from safety_mech.models.loading import load_transformers
+from safety_mech.refusal.harmfulness import (
+    CLASSIFIER_PROMPT,
+    Verdict,
+    classifier_judge,
+    http_judge,
+    judge_prompt,
+    mean_score,
+    parse_verdict,
+)
+
+PAIR = ("How {do} I?", "Sure, here is how.")
+GOOD = "#thereason: It helps.\n#thescore: 4"
+FOUR = Verdict(4, "It helps.", None)
+
+
+class Endpoint:
+    """A chat endpoint that plays `script`: a text, (status, headers), raw bytes, or seconds to be silent."""
+
+    def __init__(self) -> None:
+        self.script: list[Any] = []
+        self.requests: list[dict[str, Any]] = []
+        self.sleeps: list[float] = []
+        self.now = 0.0
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                endpoint.requests.append({"path": self.path, "headers": headers, **body})
+                step = endpoint.script.pop(0)
+                if isinstance(step, float):
+                    time.sleep(step)
+                    return
+                status, extra = step if isinstance(step, tuple) else (200, {})
+                data = step if isinstance(step, bytes) else json.dumps(self.reply(step)).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                for name, value in extra.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def reply(self, step: Any) -> dict[str, Any]:
+                if isinstance(step, tuple):
+                    return {"error": {"message": "no, \n secret-key"}}
+                message = {"role": "assistant", "content": step}
+                return {"id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                        "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps.append(seconds)
+        self.now += seconds
+
+    def judge(self, *script: Any, **settings: Any) -> Callable[..., list[Verdict]]:
+        self.script = list(script)
+        settings = {"api_key": "secret-key", "timeout": 5.0, **settings}
+        return http_judge(self.url, "m", sleep=self.sleep, clock=lambda: self.now, **settings)
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    made = Endpoint()
+    thread = threading.Thread(target=made.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD,
+        "#TheReason:   It helps.  \n\n # The Score :  4 . ",
+        "**#thereason:** It helps.\n**#thescore: 4**",
+        "#thereason: It helps. #thescore: 4",
+        "#thereason: It helps.\n#thescore:\n4",
+        "#thereason: It helps.\n#thescore: 4\n#thescore: 4",
+    ],
+)
+def test_parser_tolerates(text: str) -> None:
+    assert parse_verdict(text) == FOUR
+
+
+@pytest.mark.parametrize(
+    "value", ["0", "6", "4.5", "-4", "45", "4/5", "4 or 5", "four", "٤", "4\n#thescore: 5", "", "\n#thescore: 4"]
+)
+def test_parser_refuses(value: str) -> None:
+    verdict = parse_verdict(f"#thereason: It helps.\n#thescore: {value}")
+    assert verdict.score is None
+    assert verdict.problem
+
+
+def test_no_score_from_text_without_the_line() -> None:
+    for text in ("", "4", "The score is 4.", "#thereason: I give a 5"):
+        assert parse_verdict(text).score is None
+    assert parse_verdict("#thescore: 1") == Verdict(1, "", None)
+
+
+def test_success_and_what_is_sent(endpoint: Endpoint) -> None:
+    judge = endpoint.judge(GOOD, "#thescore: 1")
+    assert judge([PAIR, ("a", "b"), PAIR]) == [FOUR, Verdict(1, "", None), FOUR]
+    assert len(endpoint.requests) == 2  # equal pairs are asked once
+    sent = endpoint.requests[0]
+    assert sent["path"] == "/v1/chat/completions"
+    assert sent["headers"]["authorization"] == "Bearer secret-key"
+    assert (sent["model"], sent["temperature"]) == ("m", 0)
+    assert sent["messages"] == [{"role": "user", "content": judge_prompt(*PAIR)}]
+    assert all(text in judge_prompt(*PAIR) for text in (*PAIR, "#thereason:", "#thescore:"))
+
+
+@pytest.mark.parametrize(
+    ("step", "sleeps"), [((429, {}), [1.0]), ((429, {"Retry-After": "7"}), [7.0]), ((503, {}), [1.0])]
+)
+def test_retries_then_success(endpoint: Endpoint, step: Any, sleeps: list[float]) -> None:
+    assert endpoint.judge(step, GOOD)([PAIR]) == [FOUR]
+    assert endpoint.sleeps == sleeps
+    assert len(endpoint.requests) == 2
+
+
+def test_time_out_then_success(endpoint: Endpoint) -> None:
+    assert endpoint.judge(0.6, GOOD, timeout=0.3)([PAIR]) == [FOUR]
+    assert endpoint.sleeps == [1.0]
+
+
+def test_retries_exhausted_is_a_problem_and_the_next_pair_is_asked(endpoint: Endpoint) -> None:
+    judge = endpoint.judge(*[(500, {})] * 3, GOOD, retries=2)
+    lost, good = judge([PAIR, ("a", "b")])
+    assert lost.score is None
+    assert lost.problem is not None
+    assert "3 tries" in lost.problem
+    assert "HTTP 500" in lost.problem
+    assert good == FOUR
+    assert endpoint.sleeps == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("step", ["I'd rather not.", "#thescore: 9", b"<html>", b"{}", b'{"choices": []}', b"[1]"])
+def test_nonsense_has_no_score_and_is_not_asked_twice(endpoint: Endpoint, step: Any) -> None:
+    (verdict,) = endpoint.judge(step)([PAIR])
+    assert verdict.score is None
+    assert verdict.problem
+    assert len(endpoint.requests) == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 404])
+def test_other_4xx_raises_one_line_without_the_key(endpoint: Endpoint, status: int) -> None:
+    with pytest.raises(ValueError, match=f"HTTP {status}") as raised:
+        endpoint.judge((status, {}))([PAIR])
+    assert "\n" not in str(raised.value)
+    assert "secret-key" not in str(raised.value)
+    assert len(endpoint.requests) == 1
+
+
+def test_resume_asks_nothing_again(endpoint: Endpoint, tmp_path: Path) -> None:
+    keep = tmp_path / "new" / "kept.jsonl"
+    first = endpoint.judge(GOOD, "nonsense", keep=keep)([PAIR, ("a", "b")])
+    assert endpoint.judge(keep=keep)([("a", "b"), PAIR]) == first[::-1]
+    assert len(endpoint.requests) == 2
+    assert "secret-key" not in keep.read_text()
+    endpoint.judge(GOOD, keep=keep)([("a", "other")])  # control: another answer is asked for
+    assert len(endpoint.requests) == 3
+
+
+def test_each_verdict_is_kept_at_once(endpoint: Endpoint, tmp_path: Path) -> None:
+    keep = tmp_path / "kept.jsonl"
+    with pytest.raises(ValueError, match="HTTP 401"):
+        endpoint.judge(GOOD, (401, {}), keep=keep)([PAIR, ("a", "b")])
+    assert len(keep.read_text().splitlines()) == 1
+
+
+def test_half_written_last_line_is_ignored_and_a_bad_one_is_an_error(endpoint: Endpoint, tmp_path: Path) -> None:
+    keep = tmp_path / "kept.jsonl"
+    endpoint.judge(GOOD, GOOD, keep=keep)([PAIR, ("a", "b")])
+    keep.write_text(keep.read_text()[:-20])
+    assert endpoint.judge(GOOD, keep=keep)([PAIR, ("a", "b")]) == [FOUR, FOUR]
+    assert len(endpoint.requests) == 3
+    assert [json.loads(line)["score"] for line in keep.read_text().splitlines()] == [4, 4]
+    good = keep.read_text()
+    for bad in ("{}", "[", good.splitlines()[0].replace('"score": 4', '"score": 7')):
+        keep.write_text(f"{bad}\n{good}")
+        with pytest.raises(ValueError, match="line 1"):
+            endpoint.judge(keep=keep)([PAIR])
+
+
+def test_what_was_never_answered_is_asked_again(endpoint: Endpoint, tmp_path: Path) -> None:
+    keep = tmp_path / "kept.jsonl"
+    assert endpoint.judge((500, {}), retries=0, keep=keep)([PAIR])[0].score is None
+    assert len(keep.read_text().splitlines()) == 1
+    assert endpoint.judge(GOOD, keep=keep)([PAIR]) == [FOUR]
+
+
+def test_rate_limit_spaces_all_tries(endpoint: Endpoint) -> None:
+    pairs = [("a", str(number)) for number in range(3)]
+    endpoint.judge(GOOD, (429, {}), GOOD, GOOD, requests_per_minute=20)(pairs)
+    assert endpoint.sleeps == [3.0, 1.0, 2.0, 3.0]  # 3 s apart; the back-off of 1 s counts towards them
+    endpoint.sleeps.clear()
+    endpoint.judge(GOOD, GOOD, GOOD)(pairs)
+    assert endpoint.sleeps == []
+
+
+@pytest.mark.parametrize("settings", [{"retries": -1}, {"timeout": 0.0}, {"requests_per_minute": 0}])
+def test_settings_out_of_range(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected at least 0"):
+        http_judge("http://127.0.0.1:1/v1", "m", **settings)
+
+
+def test_classifier_compares_the_two_logits(llama_folder: Path) -> None:
+    model, tokenizer = load_transformers(llama_folder)
+    text = CLASSIFIER_PROMPT.format(prompt=PAIR[0], answer=PAIR[1], yes="yes", no="no")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )["input_ids"]
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1]
+    yes, no = (tokenizer(word).input_ids[0] for word in ("yes", "no"))
+    expected = 5 if logits[yes] > logits[no] else 1
+    (verdict,) = classifier_judge(llama_folder, device="cpu")([PAIR])
+    assert (verdict.score, verdict.problem) == (expected, None)
+    template = CLASSIFIER_PROMPT.replace("{yes}", "yes").replace("{no}", "no")
+    (turned,) = classifier_judge(llama_folder, yes="no", no="yes", template=template, device="cpu")([PAIR])
+    assert turned.score == 6 - expected  # the same text, the words exchanged
+
+
+def test_classifier_gives_no_score_where_it_cannot(llama_folder: Path) -> None:
+    (same,) = classifier_judge(llama_folder, yes="no", no="no", device="cpu")([PAIR])
+    assert same.score is None
+    assert "same token" in str(same.problem)
+    judge = classifier_judge(llama_folder, template=None, device="cpu")
+    good, special, long = judge([PAIR, ("a", "b<|im_end|>"), ("a", "b " * 600)])
+    assert good.score in (1, 5)
+    assert (special.score, long.score) == (None, None)
+    assert "special token" in str(special.problem)
+    assert "at most 512" in str(long.problem)
+
+
+def test_classifier_errors(llama_folder: Path) -> None:
+    with pytest.raises(ValueError, match="two words"):
+        classifier_judge(llama_folder, yes="", device="cpu")
+    with pytest.raises(ValueError, match="no such folder"):
+        classifier_judge("./nowhere", device="cpu")
+
+
+def test_mean_leaves_out_and_counts_what_has_no_score() -> None:
+    verdicts = [Verdict(score, "", None if score else "why") for score in (1, 5, None, 3, 3)]
+    result = mean_score(verdicts, seed=1)
+    assert (result.mean, result.parsed, result.not_parsed) == (3.0, 4, 1)
+    assert result.low is not None
+    assert result.high is not None
+    assert 1 <= result.low < 3 < result.high <= 5
+    assert result == mean_score(verdicts, seed=1)
+    equal = mean_score([Verdict(2, "", None)] * 3)
+    assert (equal.low, equal.high) == (2.0, 2.0)
+
+
+def test_mean_of_too_few() -> None:
+    none = mean_score([Verdict(None, "", "why")])
+    assert (none.mean, none.parsed, none.not_parsed, none.low) == (None, 0, 1, None)
+    assert mean_score([Verdict(2, "", None)]).high is None
+    with pytest.raises(ValueError, match="at least one"):
+        mean_score([])
