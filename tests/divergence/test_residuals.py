@@ -201,6 +201,24 @@ def test_a_bad_weight_is_reported_at_its_layer(fresh_tiny_model, prompts):
         last_token_residuals(fresh_tiny_model, prompts)
 
 
+def test_the_first_layer_is_named_and_not_the_first_prompt(tiny_model, prompts):
+    """One prompt goes wrong at layer 1, a shorter one, which stands before it, not until layer 3."""
+    of_length = lengths(tiny_model, prompts)
+    early = max(range(len(prompts)), key=of_length.__getitem__)
+    late = next(index for index in range(len(prompts)) if of_length[index] != of_length[early])
+    assert late < early
+
+    def spoil(resid: Tensor, hook) -> Tensor | None:
+        wrong = {1: of_length[early], 3: of_length[late]}[hook.layer()]
+        return resid * torch.nan if resid.shape[1] == wrong else None
+
+    with (
+        tiny_model.hooks([(f"blocks.{layer}.hook_resid_post", spoil) for layer in (1, 3)]),
+        pytest.raises(ValueError, match=f"not finite at layer 1 for prompt {early}:"),
+    ):
+        last_token_residuals(tiny_model, prompts, share_opening=False)
+
+
 def test_a_prompt_of_just_the_context_runs_and_a_longer_one_is_refused(make_tiny_model, prompts):
     longest = max(lengths(make_tiny_model(), prompts))
     last_token_residuals(make_tiny_model(n_ctx=longest), prompts)

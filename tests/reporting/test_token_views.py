@@ -63,6 +63,12 @@ def test_the_heads_view_has_the_pattern(tiny_model: HookedTransformer) -> None:
     assert "layer 3" in view.caption
 
 
+def test_full_colour_is_the_most_that_any_token_but_the_first_gets() -> None:
+    """The first token gets 0.75 of the last row; the others 0.25 at most."""
+    pattern = torch.tensor([[[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.75, 0.25, 0.0]]])
+    assert heads_view(pattern, ["a", "b", "c"], "").properties["maxValue"] == 0.25
+
+
 @pytest.mark.parametrize("gradient", [True, False])
 def test_the_attribution_view_has_the_attribution(tiny_model: HookedTransformer, gradient: bool) -> None:
     view = refusal_attribution_view(tiny_model, PROMPT, gradient=gradient)
