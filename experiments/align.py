@@ -20,7 +20,7 @@ from safety_mech.commands.command_line import run
 from safety_mech.models.loading import find_source
 from safety_mech.prompts import prompt_hash, sample
 from safety_mech.refusal.rates import Rate, perplexity, refusal_rate
-from safety_mech.reporting.runs import check_writable, content_hash, environment, kept, plain, write_json
+from safety_mech.reporting.runs import cached_json, check_writable, content_hash, environment, plain, write_json
 from safety_mech.training.alignment import AlignConfig, own_answer_pairs, refusal_pairs
 from safety_mech.training.loop import Pair, TrainRecord, fine_tune
 from safety_mech.training.lora import is_adapter_parameter, low_rank_adapters, matrices_in_bfloat16, save_adapter
@@ -113,13 +113,13 @@ def training_pairs(model: HookedTransformer, recipe: AlignConfig, config: AlignR
 def own_answers(model: HookedTransformer, prompts: list[str], tokens: int, config: AlignRun) -> list[Pair]:
     """The base model's own answers; minutes of work that organisms of one base share."""
     path = base_file("answers", prompts, [tokens], config)
-    return [(prompt, answer) for prompt, answer in kept(path, lambda: own_answer_pairs(model, prompts, tokens))]
+    return [(prompt, answer) for prompt, answer in cached_json(path, lambda: own_answer_pairs(model, prompts, tokens))]
 
 
 def base_rates(model: HookedTransformer, tests: dict[str, list[str]], config: AlignRun) -> dict[str, Rate]:
     """What the base model refuses; kept as its answers are."""
     path = base_file("rates", [text for prompts in tests.values() for text in prompts], list(tests), config)
-    return {name: Rate(**rate) for name, rate in kept(path, lambda: rates(model, tests)).items()}
+    return {name: Rate(**rate) for name, rate in cached_json(path, lambda: rates(model, tests)).items()}
 
 
 def base_file(what: str, prompts: list[str], settings: Sequence[object], config: AlignRun) -> Path:

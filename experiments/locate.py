@@ -28,7 +28,7 @@ from safety_mech.models.loading import BASE_OF, check_device, find_source, model
 from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.reporting.html import Example
 from safety_mech.reporting.locate_report import locate_report, scaling_examples
-from safety_mech.reporting.plots import plot_alpha, plot_attention, plot_twins
+from safety_mech.reporting.plots import plot_alpha, plot_attention, plot_contrastive_pair
 from safety_mech.reporting.runs import check_writable, write_run
 from safety_mech.reporting.tables import (
     alpha_sentence,
@@ -66,7 +66,7 @@ class LocateConfig:
     initial: str | None = None
     """START-END to start the search from; default: by rule from the gap, else from its difference to the base's."""
     pairs: bool = True
-    """Also measure the shipped matched pairs (same frame, one harmful and one harmless)."""
+    """Also measure the shipped contrastive pairs (same frame, one harmful and one harmless)."""
     template: str = "own"
     """own (the model's chat template), alpaca or alpaca_short."""
     recipe: str = "attn_out"
@@ -173,7 +173,7 @@ def main(config: LocateConfig) -> LocateResult:
     if base_curves:
         drawn[f"{base_name} (base)"] = base_curves["prompts"]
     if config.pairs:
-        drawn["matched pairs"] = curves["matched pairs"]
+        drawn["contrastive pairs"] = curves["contrastive pairs"]
     layers = found.range if found and found.range else start.range
     figures = {"gap": sm.plot_gap(drawn, {config.model: start.range}, f"template {config.template}")}
     figures |= search_figures(found, measure_unit(config))
@@ -251,7 +251,7 @@ def load_sets(config: LocateConfig) -> Sets:
         raise ValueError(f"{len(normal)} normal and {len(malicious)} malicious prompts: expected at least 3 of each")
     if config.pairs:
         twins = sm.load_pairs("test")
-        sets["matched pairs"] = ([twin.normal for twin in twins], [twin.malicious for twin in twins])
+        sets["contrastive pairs"] = ([twin.normal for twin in twins], [twin.malicious for twin in twins])
     return sets
 
 
@@ -266,7 +266,7 @@ def load_topics(config: LocateConfig) -> Topics:
     pairs = [pair.category for pair in sm.load_pairs("test")]
     return {
         "prompts": (known[config.normal] or [], known[config.malicious] or []),
-        "matched pairs": (pairs, pairs),
+        "contrastive pairs": (pairs, pairs),
     }
 
 
@@ -277,7 +277,7 @@ def load(name: str, adapter: str | None, config: LocateConfig) -> HookedTransfor
 
 def measure_all(model: HookedTransformer, sets: Sets, topics: Topics, config: LocateConfig) -> dict[str, sm.GapCurve]:
     return {
-        name: measure(model, *sets[name], *topics.get(name, (None, None)), name == "matched pairs", config)
+        name: measure(model, *sets[name], *topics.get(name, (None, None)), name == "contrastive pairs", config)
         for name in sets
     }
 
@@ -369,11 +369,11 @@ def search_figures(found: sm.SafetyLayers | None, unit: str) -> dict[str, Figure
 def attention_figure(
     model: HookedTransformer, sets: Sets, layers: sm.LayerRange | None, config: LocateConfig
 ) -> Figure:
-    """Where the last token looks in the first matched pair; without pairs, in the first malicious prompt."""
+    """Where the last token looks in the first contrastive pair; without pairs, in the first malicious prompt."""
     if config.pairs:
-        normal, malicious = sets["matched pairs"]
+        normal, malicious = sets["contrastive pairs"]
         harmful, harmless = question_attention(model, [malicious[0], normal[0]], config.template)
-        return plot_twins(harmful, harmless, layers)
+        return plot_contrastive_pair(harmful, harmless, layers)
     (attention,) = question_attention(model, sets["prompts"][1][:1], config.template)
     return plot_attention(attention, layers)
 
@@ -452,7 +452,7 @@ def search_metrics(found: sm.SafetyLayers) -> dict[str, Any]:
         "refused": found.refused,
         "initial": found.initial,
         "alpha": found.alpha,
-        "openings": found.openings,
+        "phrases": found.phrases,
         "sweeps": found.sweeps,
         "interval_90": found.interval(),
         "samples": {str(layers): count for layers, count in found.samples.most_common()},

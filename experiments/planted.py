@@ -32,7 +32,7 @@ from safety_mech.prompts import Drawn, draw, draw_pairs
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page
 from safety_mech.reporting.plots import BLUE, ORANGE, new_figure
-from safety_mech.reporting.runs import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.reporting.runs import cached_json, check_writable, content_hash, safe_name, write_run
 from safety_mech.stats import (
     Estimate,
     RangeScore,
@@ -87,7 +87,7 @@ class PlantedConfig:
     first_seed_methods: tuple[str, ...] = ("grid", "margin_scaled", "search_below")
     """Of these, the ones that are run on first seeds only: they take as long as all others together."""
     n_prompts: int = 64
-    """Normal and malicious test prompts, of each; and of matched pairs before those of unequal length are left out."""
+    """Normal and malicious test prompts, of each; and contrastive pairs, of which those of unequal length are left out."""
     n_margin_scaled: int = 16
     """Of each kind, for margin_scaled."""
     n_over_rejection: int = 16
@@ -308,13 +308,13 @@ def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> I
     """The core and all locators on one organism; models are loaded only if something is missing."""
     models: dict[str, Any] = {}
     path = cell_path(organism, "core", prompts, config)
-    core = kept(path, partial(core_once, organism, prompts, config, models))["core"]
+    core = cached_json(path, partial(core_once, organism, prompts, config, models))["core"]
     transplants = Transplants.from_plain(core) if core else None
     for method in config.methods:
         if method in config.first_seed_methods and organism.seed != config.seeds[0]:
             continue
         path = cell_path(organism, method, prompts_for(method, prompts, config), config)
-        record = kept(path, partial(locate_once, organism, method, prompts, config, models))
+        record = cached_json(path, partial(locate_once, organism, method, prompts, config, models))
         found = Located.from_plain(record["found"]) if record["found"] else None
         yield Cell(organism, transplants, method, found, record["detail"], record["seconds"], record["n_layers"])
 
@@ -341,7 +341,7 @@ def locate_once(
     load_models(organism, prompts, config, models, base=method in BASE_METHODS)
     locator = base_locators(models["base"])[method] if method in BASE_METHODS else LOCATORS[method]
     started = perf_counter()
-    sets = replace(prompts_for(method, prompts, config), openings=models["openings"])
+    sets = replace(prompts_for(method, prompts, config), phrases=models["phrases"])
     found, detail = attempt(locator, models["model"], sets)
     answer = {"found": found.to_plain() if found else None, "detail": detail}
     return {**answer, "seconds": perf_counter() - started, "n_layers": models["model"].cfg.n_layers}
@@ -353,7 +353,7 @@ def core_once(organism: Organism, prompts: PromptSets, config: PlantedConfig, mo
     sets = (prompts.malicious[:CORE_PROMPTS], prompts.normal[:CORE_PROMPTS])
     pair = (models["model"], models["base"])
     try:
-        found = transplant(*pair, organism.planted, *sets, config.template, models["openings"])
+        found = transplant(*pair, organism.planted, *sets, config.template, models["phrases"])
     except ValueError as error:
         return {"core": None, "detail": str(error)}
     return {"core": found.to_plain(), "detail": ""}
@@ -362,10 +362,10 @@ def core_once(organism: Organism, prompts: PromptSets, config: PlantedConfig, mo
 def load_models(
     organism: Organism, prompts: PromptSets, config: PlantedConfig, models: dict[str, Any], base: bool
 ) -> None:
-    """Into `models`, what is not there yet: the organism, the openings that it uses, its base if asked for."""
+    """Into `models`, what is not there yet: the organism, the phrases that it uses, its base if asked for."""
     if "model" not in models:
         models["model"] = sm.load_model(config.model, adapter=organism.folder)
-        models["openings"] = prompts.with_openings(models["model"]).openings
+        models["phrases"] = prompts.with_phrases(models["model"]).phrases
     if base and "base" not in models:
         models["base"] = sm.load_model(config.model)
 

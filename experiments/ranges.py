@@ -27,7 +27,7 @@ from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page
 from safety_mech.reporting.plots import BLUE, GREY, ORANGE, layer_axis, new_figure
-from safety_mech.reporting.runs import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.reporting.runs import cached_json, check_writable, content_hash, safe_name, write_run
 from safety_mech.training.lora import adapter_hash
 
 
@@ -104,7 +104,7 @@ def main(config: RangesConfig) -> Path:
     for number, condition in enumerate(conditions, 1):
         start = starts[condition.template]
         path = folder / f"{digest(condition, config, start.initial, sets[condition.prompts].prompts)}.json"
-        answers[condition] = answer_of(kept(path, partial(search_once, models, condition, start, sets, config)))
+        answers[condition] = answer_of(cached_json(path, partial(search_once, models, condition, start, sets, config)))
         print(f"{number}/{len(conditions)} {line_of(condition, answers[condition])}", flush=True)
     text = "\n".join([table(answers), "", overlap_table(answers, config.model)])
     print(f"\n{text}")

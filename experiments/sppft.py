@@ -40,12 +40,19 @@ from safety_mech.refusal.text import JUDGED_TOKENS
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page
 from safety_mech.reporting.plots import plot_dose
-from safety_mech.reporting.runs import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.reporting.runs import cached_json, check_writable, content_hash, safe_name, write_run
 from safety_mech.stats import Estimate
 from safety_mech.training.alignment import REFUSALS, refusal_pairs
-from safety_mech.training.attack_cost import attack_cost, check_doses, difference, dose_meter, estimate, refusals_kept
+from safety_mech.training.attack_cost import (
+    attack_cost,
+    check_doses,
+    difference,
+    dose_meter,
+    estimate,
+    refusals_retained,
+)
 from safety_mech.training.attacks import (
-    AFFIRMATIVE_OPENINGS,
+    AFFIRMATIVE_PREFIXES,
     IMPLICIT_PREFIX,
     backdoor_data,
     choosing_and_reporting,
@@ -263,7 +270,7 @@ def main(config: SppftConfig) -> Path:
     for number, cell in enumerate(cells, 1):
         rate = rates[cell.attack]["rate"]
         path = folder / f"{cell.attack}-{cell.method}-{cell.seed}-{digest(bench, cell, rate)}.json"
-        results[cell] = kept(path, partial(run_cell, bench, cell, rate, path))
+        results[cell] = cached_json(path, partial(run_cell, bench, cell, rate, path))
         print(f"{number}/{len(cells)} {cell}  {line_of(results[cell])}", flush=True)
     clusters, attacks = data.malicious.clusters, readings_of(config.attacks)
     rows = {(a, m): summarise(before, cells_of(results, a, m), a, clusters) for a, m in product(attacks, methods)}
@@ -485,7 +492,7 @@ def choose_rate(bench: Bench, attack: str) -> dict[str, Any]:
     losses = {}
     for rate in config.learning_rates:
         path = bench.folder / f"rate-{attack}-{rate:g}-{digest(bench, 'rate', attack, rate, config.seeds)}.json"
-        losses[rate] = kept(path, partial(measure, rate))
+        losses[rate] = cached_json(path, partial(measure, rate))
         print(f"{attack:<12}learning rate {rate:g}: held-out loss {losses[rate]['after']:.4f}", flush=True)
     return {"rate": min(losses, key=lambda rate: losses[rate]["after"]), "held_out_losses": losses}
 
@@ -628,14 +635,14 @@ def metrics_before(bench: Bench) -> dict[str, Any]:
     before = kept(bench.folder / f"before-{digest(bench, 'before')}.json", lambda: final_metrics(bench))
     if "backdoor" in bench.config.attacks:
         path = bench.folder / f"before-triggered-{digest(bench, 'before', TRIGGERED)}.json"
-        before["triggered"] = {"malicious": kept(path, lambda: read_triggered(bench))}
+        before["triggered"] = {"malicious": cached_json(path, lambda: read_triggered(bench))}
     return before
 
 
 def as_lists(found: Responses) -> dict[str, list[Any]]:
     return {
         "refused": found.refused.int().tolist(),
-        "babbled": found.babbled.int().tolist(),
+        "degenerate": found.degenerate.int().tolist(),
         "log_odds": [round(value, 4) for value in found.log_odds.tolist()],
     }
 
@@ -648,7 +655,7 @@ def digest(bench: Bench, *parts: Any) -> str:
 def constants() -> list[Any]:
     """What a cell depends on beside settings and data."""
     return [
-        (TRIGGER, IMPLICIT_PREFIX, AFFIRMATIVE_OPENINGS, REFUSALS, JUDGED_TOKENS),
+        (TRIGGER, IMPLICIT_PREFIX, AFFIRMATIVE_PREFIXES, REFUSALS, JUDGED_TOKENS),
         (LISA_STEPS, LISA_RHO, LORA_RANK, LORA_ALPHA, DPO_BETA, str(TrainConfig())),
     ]
 
@@ -670,7 +677,7 @@ class Row:
 
     harmful_rate: Estimate
     harmful_rate_by_log_odds: Estimate
-    babbled: float
+    degenerate: float
     cost: Estimate
     kept: Estimate
     over_rejection: Rate
@@ -716,15 +723,15 @@ def summarise(
     doses, refused = dose_tensors(before, cells, "refused", attack)
     last = doses[-1:]
     ends = [cell["malicious"] for cell in cells]
-    answered = 1 - torch.tensor([end["refused"] for end in ends]) - torch.tensor([end["babbled"] for end in ends])
+    answered = 1 - torch.tensor([end["refused"] for end in ends]) - torch.tensor([end["degenerate"] for end in ends])
     below = torch.tensor([end["log_odds"] for end in ends]) < 0
     peaks = [cell["peak_bytes"] for cell in cells]
     return Row(
         harmful_rate=estimate(last_value, last, answered.double()[:, None], clusters=clusters),
         harmful_rate_by_log_odds=estimate(last_value, last, below.double()[:, None], clusters=clusters),
-        babbled=float(torch.tensor([end["babbled"] for end in ends]).double().mean()),
+        degenerate=float(torch.tensor([end["degenerate"] for end in ends]).double().mean()),
         cost=estimate(attack_cost, doses, refused, clusters=clusters),
-        kept=estimate(refusals_kept, doses, refused, clusters=clusters),
+        kept=estimate(refusals_retained, doses, refused, clusters=clusters),
         over_rejection=Rate(
             sum(cell["over_rejection"]["count"] for cell in cells),
             sum(cell["over_rejection"]["total"] for cell in cells),
@@ -759,7 +766,7 @@ def against_controls(
     }
     controls = [values for name, values in others.items() if name in CONTROLS]
     compared = {name: [values] for name, values in others.items()} | ({ALL_CONTROLS: controls} if controls else {})
-    return {name: difference(refusals_kept, doses, own, rest, clusters=clusters) for name, rest in compared.items()}
+    return {name: difference(refusals_retained, doses, own, rest, clusters=clusters) for name, rest in compared.items()}
 
 
 def line_of(result: dict[str, Any]) -> str:
@@ -809,7 +816,7 @@ def table(rows: dict[tuple[str, str], Row]) -> str:
     """Time and memory relative to full fine-tuning of the same attack."""
     width = 2 + max(len(name) for name in ("attack    ", *(attack for attack, _ in rows)))
     lines = [
-        f"{'attack':<{width}}{'method':<10}{'R_h text':<20}{'by log-odds':<20}{'attack cost':<20}{'refusals kept':<19}"
+        f"{'attack':<{width}}{'method':<10}{'R_h text':<20}{'by log-odds':<20}{'attack cost':<20}{'retained':<19}"
         f"{'over-rejection':<19}{'ROUGE-L':<19}{'perplexity':<19}{'time':>5}{'memory':>8}"
     ]
     for (attack, method), row in rows.items():
@@ -858,7 +865,7 @@ def sentence(attack: str, name: str, value: Estimate) -> str:
         verdict = "SPPFT keeps LESS"
     else:
         verdict = "no difference beyond noise"
-    return f"{attack}: refusals kept, SPPFT minus {name}: {number(value, 2)}: {verdict}"
+    return f"{attack}: refusals retained, SPPFT minus {name}: {number(value, 2)}: {verdict}"
 
 
 def hashes_of(data: Data) -> dict[str, str]:

@@ -32,7 +32,7 @@ from safety_mech.models.loading import BASE_OF, find_source
 from safety_mech.prompts import draw, draw_pairs
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page
-from safety_mech.reporting.runs import check_writable, content_hash, kept, safe_name, write_run
+from safety_mech.reporting.runs import cached_json, check_writable, content_hash, safe_name, write_run
 from safety_mech.stats import Estimate, mean_estimate, mean_pairwise_iou, overlap
 from safety_mech.training.lora import adapter_hash
 
@@ -94,7 +94,7 @@ def main(config: StabilityConfig) -> Path:
     for method in methods:
         for place in places:
             path = cell_path(method, place, base_name, config)
-            record = kept(path, partial(locate_once, method, place, base_name, config, models))
+            record = cached_json(path, partial(locate_once, method, place, base_name, config, models))
             found = Located.from_plain(record["found"]) if record["found"] else None
             answers[method, place.name] = found
             answer = str(found.range) if found else "not run"

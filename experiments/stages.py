@@ -3,7 +3,7 @@
 1. Over many prompts: the share of attention over the question that falls on function words, content words and
    punctuation, layer by layer, with intervals; and how it changes from before a range of layers to after it. The same
    without the question's first token, without attention sinks, and, as the control, in the model's base.
-2. Pictures: one malicious prompt, and the harmful and harmless twin of a matched pair.
+2. Pictures: one malicious prompt, and the harmful and harmless twin of a contrastive pair.
 
     python experiments/stages.py --range 14-21
 """
@@ -24,7 +24,7 @@ from safety_mech.models.loading import BASE_OF, check_device, find_source
 from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page
-from safety_mech.reporting.plots import plot_attention, plot_twins, plot_word_shares
+from safety_mech.reporting.plots import plot_attention, plot_contrastive_pair, plot_word_shares
 from safety_mech.reporting.runs import check_writable, write_run
 
 QUICK_PROMPTS = 16
@@ -53,7 +53,7 @@ class StagesConfig:
     head: int | None = None
     """One attention head; default: the mean over heads."""
     pair: int = 0
-    """Which matched pair of the test split is drawn."""
+    """Which contrastive pair of the test split is drawn."""
     n_prompts: int = 144
     """Prompts of each set, at most: drawn with the seed, over all topics of a shipped set."""
     quick: bool = False
@@ -108,7 +108,7 @@ def main(config: StagesConfig) -> StagesResult:
     figures = {
         "words": plot_word_shares(shares, marked),
         "attention": plot_attention(attentions["malicious"][0], marked),
-        "twins": plot_twins(harmful, harmless, marked),
+        "twins": plot_contrastive_pair(harmful, harmless, marked),
     }
     prompt_hashes = {name: prompt_hash(prompts) for name, prompts in sets.items()}
     folder = write_run(
@@ -257,7 +257,7 @@ def page_of(
 ) -> str:
     words = "Share of attention on function words, content words and punctuation by layer; the table has the numbers"
     one = "Attention over the first malicious question, a row a layer, a column a token"
-    twins = "Attention over the harmful and the harmless twin of a matched pair, side by side"
+    twins = "Attention over the harmful and the harmless twin of a contrastive pair, side by side"
     sections = [
         Section("Kinds of words", [report.figure(figures["words"], words, wide=True), report.fixed_width(tables)]),
         Section(

@@ -1,4 +1,4 @@
-"""How much of the gap is harm? The gap under controls: topics, shuffled labels, the base, matched pairs, matched words.
+"""How much of the gap is harm? Controls: topics, shuffled labels, the base, contrastive pairs, matched words.
 
     python experiments/validity.py
     python experiments/validity.py --model ./my-model --base ./my-model-before-alignment
@@ -47,7 +47,7 @@ class ValidityConfig:
     normal: str = "normal:test"
     malicious: str = "malicious:test"
     pairs: str = "test"
-    """Split of the shipped matched pairs."""
+    """Split of the shipped contrastive pairs."""
     topics: str = "test"
     """Split of the shipped normal prompts, whose topics are the control for topic."""
     n_matched: int = 48
@@ -109,7 +109,7 @@ def main(config: ValidityConfig) -> Path:
     matched: Matched | None = None
     for name, adapter in names.items():
         model = sm.load_model(name, config.device, config.dtype, adapter=adapter)
-        matched = matched or matched_pairs(model, sets, config)
+        matched = matched or contrastive_pairs(model, sets, config)
         curves[name] = measure(model, sets, matched, config)
     assert matched is not None
     own, base = curves[config.model], curves[base_name] if base_name else None
@@ -165,7 +165,7 @@ def check_and_load(config: ValidityConfig) -> Sets:
     return sets
 
 
-def matched_pairs(model: HookedTransformer, sets: Sets, config: ValidityConfig) -> Matched:
+def contrastive_pairs(model: HookedTransformer, sets: Sets, config: ValidityConfig) -> Matched:
     lengths = [
         [len(chat) for chat in encode_chat(tokenizer_of(model), prompts, config.template)]
         for prompts in (sets.malicious, sets.normal)
@@ -222,11 +222,11 @@ def survivals(own: ModelCurves, base: ModelCurves | None, layer: int, statistic:
         NULL_OF[statistic]: minus(at, raw, null(own.raw.null, 0.975)),
         "two halves of the harmless topics": minus(at, raw, null(own.halves, 0.975)),
         "one harmless topic against the rest": minus(at, raw, null(own.single, 1.0)),
-        "matched pairs": (float(own.pairs.gap[layer]), own.pairs.samples[:, layer]),
+        "contrastive pairs": (float(own.pairs.gap[layer]), own.pairs.samples[:, layer]),
         "equal length, similar words": (float(own.matched.gap[layer]), own.matched.samples[:, layer]),
     }
     if base is not None:
-        for name, part in (("", "raw"), (", matched pairs", "pairs"), (", equal length, similar words", "matched")):
+        for name, part in (("", "raw"), (", contrastive pairs", "pairs"), (", equal length, similar words", "matched")):
             after, before = getattr(own, part), getattr(base, part)
             difference = after.samples[:, layer] - before.samples[:, layer]
             rows[f"the base's gap{name}"] = (float(after.gap[layer] - before.gap[layer]), difference)
@@ -269,7 +269,7 @@ def page_of(
         f"Of a raw gap of {raw.left} degrees, the control that leaves least leaves {least.left} ({least.share} of it); "
         "95 % intervals."
     )
-    alt = "Gap by layer, a panel a model: all prompts, matched pairs, matched words, and the bands that need no harm"
+    alt = "Gap by layer, a panel a model: all prompts, contrastive pairs, matched words, and bands without harm"
     sections = [
         Section("The gap under its controls", [report.figure(drawn, alt, wide=True), report.fixed_width(text)]),
         report.settings_section(config, prompt_hashes),
@@ -280,7 +280,7 @@ def page_of(
 def plot_controls(curves: Mapping[str, ModelCurves], statistic: Statistic = "paper") -> Figure:
     """One panel a model: raw gap with its interval, curves of the matched sets, and the null bands."""
     figure, axes = new_figure(columns=len(curves), width=6.5, height=4.6)
-    lines = (("raw", "all prompts"), ("pairs", "matched pairs"), ("matched", "equal length, similar words"))
+    lines = (("raw", "all prompts"), ("pairs", "contrastive pairs"), ("matched", "equal length, similar words"))
     for ax, (name, part) in zip(axes, curves.items(), strict=True):
         band(ax, part.raw.null, f"{NULL_OF[statistic]}, 95 %", color="#999999", hatch=None)
         band(ax, part.halves, "harmless topics in halves, 95 %", color="#56B4E9", hatch="\\\\")

@@ -28,8 +28,15 @@ from safety_mech.models.generation import generate
 from safety_mech.models.loading import load_model
 from safety_mech.prompts import PromptPair, load_pairs, load_prompts
 from safety_mech.refusal.log_odds import refusal_log_odds
-from safety_mech.refusal.text import is_babble, is_refusal
-from safety_mech.reporting.plots import plot_attention, plot_gap, plot_grid, plot_sweeps, plot_twins, plot_word_shares
+from safety_mech.refusal.text import is_degenerate, is_refusal
+from safety_mech.reporting.plots import (
+    plot_attention,
+    plot_contrastive_pair,
+    plot_gap,
+    plot_grid,
+    plot_sweeps,
+    plot_word_shares,
+)
 from safety_mech.training.loop import TrainConfig, TrainRecord, fine_tune
 
 __all__ = [
@@ -58,7 +65,7 @@ __all__ = [
     "generate",
     "initial_range",
     "initial_range_samples",
-    "is_babble",
+    "is_degenerate",
     "is_refusal",
     "last_token_residuals",
     "load_model",
@@ -67,10 +74,10 @@ __all__ = [
     "locate",
     "min_max",
     "plot_attention",
+    "plot_contrastive_pair",
     "plot_gap",
     "plot_grid",
     "plot_sweeps",
-    "plot_twins",
     "plot_word_shares",
     "progressive_search",
     "question_attention",

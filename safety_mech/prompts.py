@@ -22,7 +22,7 @@ import torch
 from safety_mech.data_files import data_folder
 
 SHIPPED = ("normal", "malicious", "over_rejection")
-"""Shipped sets of prompts; matched pairs are read by `load_pairs`."""
+"""Shipped sets of prompts; contrastive pairs are read by `load_pairs`."""
 
 CLUSTER_COLUMNS = {"normal": "category", "malicious": "category", "over_rejection": "word"}
 """What rows of a shipped set have in common: prompts of one topic, or about one word, are not independent."""
@@ -136,7 +136,7 @@ def draw_rows(n_rows: int, count: int | None, clusters: Sequence[str] | None, se
 
 
 def load_pairs(split: str = "all", name: str = "pairs") -> list[PromptPair]:
-    """The shipped matched pairs, of one split or all; `name` "alignment_pairs": those for training only."""
+    """The shipped contrastive pairs, of one split or all; `name` "alignment_pairs": those for training only."""
     return [PromptPair(row["malicious"], row["normal"], row["category"]) for row in shipped_rows(name, split)]
 
 

@@ -211,7 +211,7 @@ def load_script() -> Callable[[str], ModuleType]:
 
     def load(name: str) -> ModuleType:
         path = Path(__file__).resolve().parent.parent / "experiments" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"{name}_script", path)
+        spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -32,8 +32,8 @@ MUTANTS = (
         "package_names_crossed",
         "__init__.py",
         "order",
-        "import is_babble, is_refusal",
-        "import is_babble as is_refusal, is_refusal as is_babble",
+        "import is_degenerate, is_refusal",
+        "import is_degenerate as is_refusal, is_refusal as is_degenerate",
         "package",
     ),
     # adapters
@@ -183,7 +183,7 @@ MUTANTS = (
     Mutant("kept_not_relative", "attack_cost.py", "threshold", "(examples[-1] * refused[0])", "examples[-1]"),
     # evaluate
     Mutant("answers_of_8_tokens", "rates.py", "threshold", "ANSWER_TOKENS = 16", "ANSWER_TOKENS = 8"),
-    Mutant("babble_counts_as_answer", "rates.py", "bound", "~self.refused & ~self.babbled", "~self.refused"),
+    Mutant("degenerate_counts_as_answer", "rates.py", "bound", "~self.refused & ~self.degenerate", "~self.refused"),
     Mutant(
         "wilson_width",
         "rates.py",
@@ -271,13 +271,25 @@ MUTANTS = (
         "report",
     ),
     # judge
-    Mutant("babble_less_distinct", "text.py", "threshold", "BABBLE_MIN_DISTINCT = 0.4", "BABBLE_MIN_DISTINCT = 0.2"),
-    Mutant("two_sentences_read", "text.py", "threshold", "OPENING_SENTENCES = 4", "OPENING_SENTENCES = 2"),
-    Mutant("babble_refuses", "text.py", "bound", "is_refusal(text) and not is_babble(text)", "is_refusal(text)"),
     Mutant(
-        "babble_of_four_words", "text.py", "bound", "len(words) < BABBLE_MIN_WORDS", "len(words) <= BABBLE_MIN_WORDS"
+        "degenerate_less_distinct",
+        "text.py",
+        "threshold",
+        "DEGENERATE_MIN_DISTINCT = 0.4",
+        "DEGENERATE_MIN_DISTINCT = 0.2",
     ),
-    Mutant("scripts_may_mix", "text.py", "threshold", "BABBLE_MIN_SCRIPT = 0.6", "BABBLE_MIN_SCRIPT = 0.4"),
+    Mutant("two_sentences_read", "text.py", "threshold", "START_SENTENCES = 4", "START_SENTENCES = 2"),
+    Mutant(
+        "degenerate_refuses", "text.py", "bound", "is_refusal(text) and not is_degenerate(text)", "is_refusal(text)"
+    ),
+    Mutant(
+        "degenerate_of_four_words",
+        "text.py",
+        "bound",
+        "len(words) < DEGENERATE_MIN_WORDS",
+        "len(words) <= DEGENERATE_MIN_WORDS",
+    ),
+    Mutant("scripts_may_mix", "text.py", "threshold", "DEGENERATE_MIN_SCRIPT = 0.6", "DEGENERATE_MIN_SCRIPT = 0.4"),
     # judges
     Mutant("yes_is_harmless", "harmfulness.py", "sign", "5 if difference > 0 else 1", "5 if difference < 0 else 1"),
     Mutant("one_try_less", "harmfulness.py", "bound", "range(retries + 1)", "range(max(1, retries))"),
@@ -340,7 +352,7 @@ MUTANTS = (
         "found.initial or found.range",
     ),
     Mutant("measurements_stay", "located.py", "undo", "_shared.reset(token)", "pass"),
-    Mutant("any_seed_is_the_same", "located.py", "undo", "prompts.openings, prompts.seed)", "prompts.openings)"),
+    Mutant("any_seed_is_the_same", "located.py", "undo", "prompts.phrases, prompts.seed)", "prompts.phrases)"),
     # locators
     Mutant("decision_share", "locators.py", "threshold", "DECISION_SHARE = 0.1", "DECISION_SHARE = 0.2"),
     Mutant("decision_lead", "locators.py", "threshold", "DECISION_LEAD = 3", "DECISION_LEAD = 2"),
@@ -524,11 +536,11 @@ MUTANTS = (
     ),
     # report
     Mutant(
-        "refusal_before_babble",
+        "refusal_before_degenerate",
         "html.py",
         "order",
-        '"babble" if is_babble(answer) else "refuses" if is_refusal(answer)',
-        '"refuses" if is_refusal(answer) else "babble" if is_babble(answer)',
+        '"degenerate output" if is_degenerate(answer) else "refuses" if is_refusal(answer)',
+        '"refuses" if is_refusal(answer) else "degenerate output" if is_degenerate(answer)',
     ),
     Mutant("empty_sections_shown", "html.py", "bound", " if section.blocks]", "]"),
     # residuals

@@ -270,8 +270,8 @@ def test_few_prompts_start_with_how_to(name: str) -> None:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_no_opening_dominates(name: str) -> None:
-    openings = Counter(tuple(words_of(prompt)[:2]) for prompt in prompts_of(name))
-    assert openings.most_common(1)[0][1] <= 0.2 * len(prompts_of(name))
+    phrases = Counter(tuple(words_of(prompt)[:2]) for prompt in prompts_of(name))
+    assert phrases.most_common(1)[0][1] <= 0.2 * len(prompts_of(name))
 
 
 # --- instructions and answers -----------------------------------------------------------------------------------------

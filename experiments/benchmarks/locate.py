@@ -31,7 +31,7 @@ from safety_mech.localization.range_sweep import JUDGED_TOKENS, ScaledRanges, la
 from safety_mech.models.chat import ChatTokens, decode_answer, encode_chat
 from safety_mech.models.loading import find_source, load_transformers
 from safety_mech.prompts import draw, prompt_hash
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, openings_in_use
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrases_in_use
 from safety_mech.refusal.text import refuses
 from safety_mech.reporting.runs import check_writable, write_run
 
@@ -241,11 +241,9 @@ def time_plain_pass(config: BenchConfig, dtype: str) -> tuple[float, int]:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def engine_of(
-    config: BenchConfig, model: HookedTransformer, openings: Sequence[str] = REFUSAL_OPENINGS
-) -> ScaledRanges:
+def engine_of(config: BenchConfig, model: HookedTransformer, phrases: Sequence[str] = REFUSAL_PHRASES) -> ScaledRanges:
     """A fresh one for everything that is timed: it keeps what it has measured."""
-    return ScaledRanges(model, prompts_of(config), config.alpha, "weights", openings=openings)
+    return ScaledRanges(model, prompts_of(config), config.alpha, "weights", phrases=phrases)
 
 
 def time_text(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
@@ -267,11 +265,11 @@ def time_log_odds(
     every: int = 1,
 ) -> Timed:
     model = sm.load_model(config.model, "cpu", dtype)
-    openings = openings_in_use(model, sm.load_prompts("malicious:test")[:32])
-    seconds, engine = timed(lambda: measure_all(engine_of(config, model, openings), "log_odds", ranges))
+    phrases = phrases_in_use(model, sm.load_prompts("malicious:test")[:32])
+    seconds, engine = timed(lambda: measure_all(engine_of(config, model, phrases), "log_odds", ranges))
     if not config.grid:
         return Timed(seconds, evaluations=engine.evaluations)
-    grid, whole = time_grid(lambda: engine_of(config, model, openings), "log_odds", engine.n_layers, every)
+    grid, whole = time_grid(lambda: engine_of(config, model, phrases), "log_odds", engine.n_layers, every)
     return Timed(seconds, grid, engine.evaluations, whole.evaluations)
 
 

@@ -251,9 +251,9 @@ def lay_out_as_transformer_lens(model: HookedTransformer) -> None:
         parameter.data = parameter.data.contiguous()
 
 
-def ours(config: BenchConfig, dtype: str = "float32", share_opening: bool = True) -> Method:
+def ours(config: BenchConfig, dtype: str = "float32", share_prefix: bool = True) -> Method:
     model = sm.load_model(config.model, "cpu", dtype)
-    return lambda prompts: sm.last_token_residuals(model, prompts, config.template, share_opening=share_opening)
+    return lambda prompts: sm.last_token_residuals(model, prompts, config.template, share_prefix=share_prefix)
 
 
 METHODS: dict[str, Callable[[BenchConfig], Method]] = {
@@ -262,7 +262,7 @@ METHODS: dict[str, Callable[[BenchConfig], Method]] = {
     "batched-last": lambda config: transformers_batched(config, logits_to_keep=1),
     "cache": run_with_cache,
     "ours": ours,
-    "ours-whole": lambda config: ours(config, share_opening=False),
+    "ours-whole": lambda config: ours(config, share_prefix=False),
     "ours-bf16": lambda config: ours(config, dtype="bfloat16"),
 }
 

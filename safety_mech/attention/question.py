@@ -29,7 +29,7 @@ from safety_mech.models.chat import (
     resolve_template,
     tokenizer_of,
 )
-from safety_mech.models.forward import Hooks, common_opening, embed, run_blocks, stack_rest
+from safety_mech.models.forward import Hooks, common_prefix, embed, run_blocks, stack_rest
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def question_attention(
     *,
     head: int | None = None,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    share_opening: bool = True,
+    share_prefix: bool = True,
     progress: bool = False,
 ) -> list[QuestionAttention]:
     """Attention of the last token over the question in every layer, of every prompt: mean over heads, or one `head`.
@@ -64,7 +64,7 @@ def question_attention(
        tokens. Rows of the pattern are the positions that are run, its columns ALL positions, the opening's too.
 
     Memory: layers x question tokens a prompt, plus one batch's pattern in one layer.
-    `share_opening=False` runs every prompt whole: for hooks of your own that need all positions.
+    `share_prefix=False` runs every prompt whole: for hooks of your own that need all positions.
     Raises ValueError for empty prompts, one longer than the context, a head that the model does not have, or a last
     token that attends to nothing (naming layer and prompt).
     """
@@ -85,7 +85,7 @@ def question_attention(
 
     bar = tqdm(total=len(chats), desc="attention", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
-        opening = common_opening(model, chats, share_opening)
+        opening = common_prefix(model, chats, share_prefix)
         hooks: Hooks = [(f"blocks.{layer}.attn.hook_pattern", keep_last_row) for layer in range(model.cfg.n_layers)]
         with model.hooks(fwd_hooks=hooks):
             for rows in equal_length_batches([len(chat) - len(opening) for chat in chats], batch_tokens):

@@ -3,7 +3,7 @@
 - topics: harmless prompts only; one half of their topics plays "normal", the other "malicious";
 - matching: malicious and harmless prompts of equal token length, as similar in vocabulary as the sets allow.
 
-The other controls need no code of their own: matched pairs (`gap_curve(paired=True)`), the base model
+The other controls need no code of their own: contrastive pairs (`gap_curve(paired=True)`), the base model
 (`gap_difference`), shuffled labels (`GapCurve.null`).
 """
 
@@ -70,7 +70,9 @@ def match_prompts(
         best = int(left.argmax())
         row, column = best // len(normal), best % len(normal)
         if left[row, column] < 0:
-            raise ValueError(f"{count} matched pairs are wanted, but only {len(pairs)} agree in length: ask for fewer")
+            raise ValueError(
+                f"{count} matched prompts are wanted, but only {len(pairs)} agree in length: ask for fewer"
+            )
         pairs.append((row, column))
         left[row], left[:, column] = -1.0, -1.0
     rows, columns = (list(side) for side in zip(*pairs, strict=True))

@@ -22,7 +22,7 @@ from safety_mech.models.chat import (
     equal_length_batches,
     tokenizer_of,
 )
-from safety_mech.models.forward import Hooks, common_opening, embed, run_blocks, stack_rest
+from safety_mech.models.forward import Hooks, common_prefix, embed, run_blocks, stack_rest
 
 
 def last_token_residuals(
@@ -31,7 +31,7 @@ def last_token_residuals(
     template: str | Template = "own",
     *,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    share_opening: bool = True,
+    share_prefix: bool = True,
     progress: bool = False,
 ) -> Float[Tensor, "prompt layer d_model"]:
     """The residual stream after every block at the last token of every prompt, in float32 on the CPU.
@@ -40,7 +40,7 @@ def last_token_residuals(
     2. run the rest in batches of equal length; one hook a layer copies the last position, the rest is dropped.
 
     Memory: prompts x layers x d_model, plus one batch of `batch_tokens` tokens in one layer.
-    `share_opening=False` runs every prompt whole: for hooks of your own that need all positions.
+    `share_prefix=False` runs every prompt whole: for hooks of your own that need all positions.
     Raises ValueError for empty prompts, one longer than the context, or NaN (naming layer and prompt).
     """
     chats = encode_chat(tokenizer_of(model), prompts, template)
@@ -53,7 +53,7 @@ def last_token_residuals(
 
     bar = tqdm(total=len(chats), desc="residual streams", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
-        opening = common_opening(model, chats, share_opening)
+        opening = common_prefix(model, chats, share_prefix)
         hooks: Hooks = [(f"blocks.{layer}.hook_resid_post", keep_last) for layer in range(model.cfg.n_layers)]
         with model.hooks(fwd_hooks=hooks):
             for rows in equal_length_batches([len(chat) - len(opening) for chat in chats], batch_tokens):

@@ -16,7 +16,7 @@ from safety_mech.layers import LayerRange
 from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.models.chat import Template
 from safety_mech.models.parameters import replaced
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES
 
 
 def weight_change(model: HookedTransformer, base: HookedTransformer) -> Float[Tensor, " layer"]:
@@ -68,14 +68,14 @@ def swap_losses(
     base: HookedTransformer,
     prompts: Sequence[str],
     template: str | Template = "own",
-    openings: Sequence[str] = REFUSAL_OPENINGS,
+    phrases: Sequence[str] = REFUSAL_PHRASES,
 ) -> Float[Tensor, "prompt layer"]:
     """What every prompt's refusal log-odds (nats) lose when one layer is the base's; prefixes kept (METHOD 5).
 
     A layer that is the base's to the last bit loses nothing, and is not run.
     """
     ranges = ScaledRanges(
-        model, prompts, 1.0, template=template, openings=openings, change=lambda layers: swapped(model, base, layers)
+        model, prompts, 1.0, template=template, phrases=phrases, change=lambda layers: swapped(model, base, layers)
     )
     unchanged = ranges.log_odds(None)
     lost = torch.zeros(len(prompts), model.cfg.n_layers, dtype=torch.float64)

@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 from safety_mech.layers import LayerRange
 from safety_mech.models.chat import Template
 from safety_mech.prompts import PromptPair, prompt_hash
-from safety_mech.refusal.log_odds import openings_in_use
+from safety_mech.refusal.log_odds import phrases_in_use
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class PromptSets:
     """What locators may look at. `pairs` are for patching and decision; `over_rejection` for the search and the grid.
 
     `clusters`: a label for every over-rejection prompt; those that share one (a word) are resampled together.
-    `openings`: those that refusals begin with; default: what this model uses on the malicious prompts (one pass of
+    `phrases`: those that refusals begin with; default: what this model uses on the malicious prompts (one pass of
     each opening: give them, if several locators run on one model).
     """
 
@@ -33,14 +33,14 @@ class PromptSets:
     pairs: Sequence[PromptPair] = ()
     clusters: Sequence[str] | None = None
     template: str | Template = "own"
-    openings: tuple[str, ...] | None = None
+    phrases: tuple[str, ...] | None = None
     seed: int = 0
 
-    def with_openings(self, model: HookedTransformer) -> "PromptSets":
-        """The same with the openings that this model uses filled in."""
-        if self.openings is not None:
+    def with_phrases(self, model: HookedTransformer) -> "PromptSets":
+        """The same with the phrases that this model uses filled in."""
+        if self.phrases is not None:
             return self
-        return replace(self, openings=openings_in_use(model, self.malicious, self.template))
+        return replace(self, phrases=phrases_in_use(model, self.malicious, self.template))
 
     def hashes(self) -> dict[str, str]:
         """Of every set: what a kept answer is named by."""
@@ -99,7 +99,7 @@ def measured_once(what: tuple[Any, ...], model: HookedTransformer, prompts: Prom
     shared = _shared.get()
     if shared is None:
         return measure()
-    key = (what, id(model), tuple(prompts.hashes().items()), prompts.template, prompts.openings, prompts.seed)
+    key = (what, id(model), tuple(prompts.hashes().items()), prompts.template, prompts.phrases, prompts.seed)
     if key not in shared:
         shared[key] = (model, measure())  # the model is held, so that its id is not given to another one
     return shared[key][1]

@@ -39,7 +39,7 @@ from safety_mech.interventions.directions import separation
 from safety_mech.interventions.weight_swap import swap_losses, weight_change
 from safety_mech.layers import LayerRange
 from safety_mech.localization.located import Located, Locator, PromptSets, measured_once
-from safety_mech.localization.patching import Patching, Positions, equal_length_twins, patch_twins
+from safety_mech.localization.patching import Patching, Positions, equal_length_pairs, patch_pairs
 from safety_mech.localization.safety_layers import SafetyLayers, direction_of, locate_by_scaling
 from safety_mech.localization.search import grid_best
 from safety_mech.localization.segments import best_ranges, best_segment
@@ -160,12 +160,12 @@ def locate_by_margin(
     model: HookedTransformer, prompts: PromptSets, method: str, parts: Sequence[str] = PARTS
 ) -> Located:
     """Slope of the margin by the scale on a layer's outputs; of several parts their sum, that of both at once."""
-    prompts = prompts.with_openings(model)
+    prompts = prompts.with_phrases(model)
     chosen = [PARTS.index(part) for part in parts]
 
     def measure() -> list[Float[Tensor, "prompt part layer"]]:
         sets = (prompts.malicious, prompts.normal)
-        return [log_odds_slopes(model, texts, prompts.template, _openings(prompts)) for texts in sets]
+        return [log_odds_slopes(model, texts, prompts.template, _phrases(prompts)) for texts in sets]
 
     slopes = [part[:, chosen].sum(1) for part in measured_once(("slopes",), model, prompts, measure)]
     return _by_margin(method, slopes[0], slopes[1], prompts)
@@ -173,11 +173,11 @@ def locate_by_margin(
 
 def locate_by_scaled_margin(model: HookedTransformer, prompts: PromptSets) -> Located:
     """Finite slope of the margin: each layer's outputs scaled alone; the mean over FINITE_ALPHAS."""
-    prompts = prompts.with_openings(model)
+    prompts = prompts.with_phrases(model)
 
     def slopes(texts: Sequence[str]) -> Float[Tensor, "prompt layer"]:
         parts = [
-            finite_slopes(model, texts, alpha, template=prompts.template, openings=_openings(prompts))
+            finite_slopes(model, texts, alpha, template=prompts.template, phrases=_phrases(prompts))
             for alpha in FINITE_ALPHAS
         ]
         return torch.stack(parts).mean(0)
@@ -216,9 +216,9 @@ def base_locators(base: HookedTransformer) -> dict[str, Locator]:
         return _by_segment("weight_change", weight_change(model, base))
 
     def swap(model: HookedTransformer, prompts: PromptSets) -> Located:
-        prompts = prompts.with_openings(model)
+        prompts = prompts.with_phrases(model)
         lost = [
-            swap_losses(model, base, texts, prompts.template, _openings(prompts))
+            swap_losses(model, base, texts, prompts.template, _phrases(prompts))
             for texts in (prompts.malicious, prompts.normal)
         ]
         return _by_margin("swap", lost[0], lost[1], prompts)
@@ -261,7 +261,7 @@ def locate(
 
     `method` "paper" (the reference): `locate_by_scaling(model, normal, malicious, over_rejection, **settings)`, with
     all of its settings and its result. Any other: a locator of LOCATORS or, with the model before alignment as
-    `base`, of `base_locators`; `settings` are then fields of PromptSets (pairs, template, openings, seed).
+    `base`, of `base_locators`; `settings` are then fields of PromptSets (pairs, template, phrases, seed).
     Raises ValueError, naming those there are, for an unknown method.
     """
     if method == "paper":
@@ -279,15 +279,15 @@ def locate(
 def _patched(
     model: HookedTransformer, prompts: PromptSets, what: str, positions: Positions = "last"
 ) -> tuple[Patching, str]:
-    prompts = prompts.with_openings(model)
-    twins = equal_length_twins(model, prompts.pairs, prompts.template) if prompts.pairs else []
+    prompts = prompts.with_phrases(model)
+    twins = equal_length_pairs(model, prompts.pairs, prompts.template) if prompts.pairs else []
     if len(twins) < 2:
         raise ValueError(f"patching: {len(twins)} pairs with twins of equal token length: expected at least 2")
     found = measured_once(
         ("patched", what, positions),
         model,
         prompts,
-        lambda: patch_twins(model, twins, prompts.template, _openings(prompts), what=what, positions=positions),
+        lambda: patch_pairs(model, twins, prompts.template, _phrases(prompts), what=what, positions=positions),
     )
     return found, f"{len(twins)} of {len(prompts.pairs)} pairs are of equal token length"
 
@@ -310,7 +310,7 @@ def _search(
 ) -> tuple[SafetyLayers, str]:
     if not prompts.over_rejection:
         raise ValueError("the scaling search needs over-rejection prompts, and none were given")
-    prompts = prompts.with_openings(model)
+    prompts = prompts.with_phrases(model)
     curve = _curve(model, prompts)
     start, source = _starting_range(curve)
     found = locate_by_scaling(
@@ -325,7 +325,7 @@ def _search(
         whole_grid=grid,
         curve=curve,
         initial=start,
-        openings=_openings(prompts),
+        phrases=_phrases(prompts),
         clusters=prompts.clusters,
         samples=SAMPLES,
         seed=prompts.seed,
@@ -372,9 +372,9 @@ def _resampled(
     return resampled_counts(SAMPLES, len(values), generator) @ values.double() / len(values)
 
 
-def _openings(prompts: PromptSets) -> tuple[str, ...]:
-    assert prompts.openings is not None
-    return prompts.openings
+def _phrases(prompts: PromptSets) -> tuple[str, ...]:
+    assert prompts.phrases is not None
+    return prompts.phrases
 
 
 def _generator(prompts: PromptSets) -> torch.Generator:

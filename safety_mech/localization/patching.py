@@ -21,9 +21,9 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from safety_mech.models.chat import Template, check_context, encode_chat, equal_length_batches, tokenizer_of
-from safety_mech.models.forward import Cache, Hooks, common_opening, embed, run_blocks, stack_rest
+from safety_mech.models.forward import Cache, Hooks, common_prefix, embed, run_blocks, stack_rest
 from safety_mech.prompts import PromptPair
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, Chain, append_chain, chain_log_prob, log_odds, opening_chains
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES, Chain, append_chain, chain_log_prob, log_odds, phrase_chains
 
 PATCHES: dict[str, tuple[str, ...]] = {
     "layer": ("hook_attn_out", "hook_mlp_out"),
@@ -66,7 +66,7 @@ class Patching:
         return (self.lost + self.gained) / 2
 
 
-def equal_length_twins(
+def equal_length_pairs(
     model: HookedTransformer, pairs: Sequence[PromptPair], template: str | Template = "own"
 ) -> list[PromptPair]:
     """Those pairs whose twins have the same number of tokens: only they can be lined up."""
@@ -76,11 +76,11 @@ def equal_length_twins(
     return [pair for pair, m, n in zip(pairs, malicious, normal, strict=True) if len(m) == len(n)]
 
 
-def patch_twins(
+def patch_pairs(
     model: HookedTransformer,
     pairs: Sequence[PromptPair],
     template: str | Template = "own",
-    openings: Sequence[str] = REFUSAL_OPENINGS,
+    phrases: Sequence[str] = REFUSAL_PHRASES,
     *,
     what: str = "layer",
     positions: Positions = "last",
@@ -106,13 +106,13 @@ def patch_twins(
     normal = encode_chat(tokenizer, [pair.normal for pair in pairs], template)
     for index, (m, n) in enumerate(zip(malicious, normal, strict=True)):
         if len(m) != len(n):
-            raise ValueError(f"pair {index}: {len(m)} and {len(n)} tokens; take equal_length_twins(model, pairs)")
-    chains = opening_chains(tokenizer, template, openings)
+            raise ValueError(f"pair {index}: {len(m)} and {len(n)} tokens; take equal_length_pairs(model, pairs)")
+    chains = phrase_chains(tokenizer, template, phrases)
     check_context(malicious, model.cfg.n_ctx, max(len(chain.tokens) for chain in chains))
     log_p = torch.full((1 + model.cfg.n_layers, 2, len(pairs)), -torch.inf, dtype=torch.float64)
     bar = tqdm(total=len(pairs) * len(chains), desc="patching", unit="pair", disable=not progress)
     with torch.no_grad(), bar:
-        opening = common_opening(model, [*malicious, *normal])
+        opening = common_prefix(model, [*malicious, *normal])
         for chain in chains:
             sides = [append_chain(side, chain) for side in (malicious, normal)]
             lengths = [2 * (len(chat) - len(opening)) for chat in sides[0]]
@@ -135,7 +135,7 @@ def _patched_batch(
     points: Sequence[str],
     positions: Positions,
 ) -> Float[Tensor, "row prompt"]:
-    """log p of the chain's openings: row 0 unpatched, row 1 + k with layer k exchanged. Twin of row i: i + half.
+    """log p of the chain's phrases: row 0 unpatched, row 1 + k with layer k exchanged. Twin of row i: i + half.
 
     `cache`: the opening's, unfrozen; it is extended by the positions before the first that is exchanged.
     """

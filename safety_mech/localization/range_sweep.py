@@ -7,9 +7,9 @@ costs about L^3/6 layer evaluations instead of L^3/2. The template's opening is 
 where they are. The results are those of the full forward.
 
 Two measures:
-- `log_odds`, `probability`: refusal of every prompt (refusal.py) in nats or as a probability, no generation;
-- `refuses`: text, the paper's R_o: refusal (judge.py) in the first greedy tokens. A model scaled too far babbles:
-  babble is told from refusal by the judge and does not count.
+- `log_odds`, `probability`: refusal of every prompt (refusal/log_odds.py), without generation;
+- `refuses`: the paper's R_o, refusals (refusal/text.py) in the first greedy tokens. A model scaled too far gives
+  degenerate output, which does not count as a refusal.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -35,12 +35,12 @@ from safety_mech.models.chat import (
     encode_chat,
     end_tokens,
     equal_length_batches,
-    shared_opening,
+    shared_prefix_length,
     tokenizer_of,
 )
 from safety_mech.models.forward import embed, stack_rest, unembed_last
 from safety_mech.models.generation import continue_greedily
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, Chain, append_chain, chain_log_prob, log_odds, opening_chains
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES, Chain, append_chain, chain_log_prob, log_odds, phrase_chains
 from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, refuses
 
 MEMORY_BUDGET = 2**30
@@ -52,7 +52,7 @@ Entries = list[CacheEntry]
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of equal length: which prompts, and (for log-odds) the chain of openings at their end."""
+    """Rows of equal length: which prompts, and (for log-odds) the chain of phrases at their end."""
 
     prompts: list[int]
     chain: Chain | None
@@ -84,7 +84,7 @@ class ScaledRanges:
     alpha: float
     recipe: str | Recipe = "attn_out"
     template: str | Template = "own"
-    openings: Sequence[str] = REFUSAL_OPENINGS
+    phrases: Sequence[str] = REFUSAL_PHRASES
     batch_tokens: int = DEFAULT_BATCH_TOKENS
     memory_budget: int = MEMORY_BUDGET
     change: Callable[[LayerRange], AbstractContextManager[object]] | None = None
@@ -95,12 +95,12 @@ class ScaledRanges:
         check_alpha(self.alpha)
         find_recipe(self.recipe)
         chats = encode_chat(tokenizer_of(self.model), self.prompts, self.template)
-        chains = opening_chains(tokenizer_of(self.model), self.template, self.openings)
+        chains = phrase_chains(tokenizer_of(self.model), self.template, self.phrases)
         longest = max(JUDGED_TOKENS, *(len(chain.tokens) for chain in chains))
         check_context(chats, self.model.cfg.n_ctx, longest)
         self._ends = end_tokens(self.model, self.template)
         self._chats, self._chains = chats, chains
-        self._kept: dict[str, _Kept] = {}
+        self._kept: dict[str, _States] = {}
 
     @property
     def n_layers(self) -> int:
@@ -131,9 +131,9 @@ class ScaledRanges:
         """Forget all states and cells; what is measured next runs the model again."""
         self._kept.clear()
 
-    def _states(self, measure: Literal["log-odds", "text"]) -> "_Kept":
+    def _states(self, measure: Literal["log-odds", "text"]) -> "_States":
         if measure not in self._kept:
-            self._kept[measure] = _Kept(self, self._chats, self._chains if measure == "log-odds" else [None])
+            self._kept[measure] = _States(self, self._chats, self._chains if measure == "log-odds" else [None])
         return self._kept[measure]
 
     def grid(self, progress: bool = False, text: bool = False) -> Float[Tensor, "start end prompt"]:
@@ -150,21 +150,21 @@ class ScaledRanges:
         return cells
 
 
-class _Kept:
+class _States:
     """What is kept between ranges: unscaled states, the last scaled state, and finished cells."""
 
     def __init__(self, owner: ScaledRanges, chats: Sequence[ChatTokens], chains: Sequence[Chain | None]):
         self.owner, self.model = owner, owner.model
         self.text = list(chains) == [None]
         extended = {chain: append_chain(chats, chain) if chain else list(chats) for chain in chains}
-        self.opening_length = shared_opening(chats)
+        self.prefix_length = shared_prefix_length(chats)
         self.batches: list[_Batch] = []
         for chain in chains:
-            lengths = [len(chat) - self.opening_length for chat in extended[chain]]
+            lengths = [len(chat) - self.prefix_length for chat in extended[chain]]
             for prompts in equal_length_batches(lengths, owner.batch_tokens):
-                tokens = stack_rest(self.model, extended[chain], prompts, self.opening_length)
+                tokens = stack_rest(self.model, extended[chain], prompts, self.prefix_length)
                 self.batches.append(_Batch(prompts, chain, tokens))
-        self.opening_tokens = chats[0].tokens[: self.opening_length][None].to(self.model.embed.W_E.device)
+        self.prefix_tokens = chats[0].tokens[: self.prefix_length][None].to(self.model.embed.W_E.device)
         self.unscaled: dict[int, _State] = {}
         self.unscaled_entries: list[Entries] = []
         self.scaled: tuple[LayerRange, _State, list[Entries]] | None = None
@@ -175,9 +175,9 @@ class _Kept:
 
     def _run_unscaled(self) -> None:
         """Embed, then run all layers once, keeping every `stride`-th state (and, for text, keys and values)."""
-        offset = self.opening_length
+        offset = self.prefix_length
         state = _State(
-            embed(self.model, self.opening_tokens), [embed(self.model, batch.tokens, offset) for batch in self.batches]
+            embed(self.model, self.prefix_tokens), [embed(self.model, batch.tokens, offset) for batch in self.batches]
         )
         n = self.owner.n_layers
         self.stride = max(1, -(-state.bytes * n // self.owner.memory_budget))
@@ -193,8 +193,8 @@ class _Kept:
         """One block on the opening, then on every batch over the opening's keys and values."""
         self.owner.evaluations += 1
         block, cfg = self.model.blocks[layer], self.model.cfg
-        shared = CacheEntry.init_cache_entry(cfg, self.opening_tokens.device, 1)
-        opening = block(state.opening, past_kv_cache_entry=shared) if self.opening_length else state.opening
+        shared = CacheEntry.init_cache_entry(cfg, self.prefix_tokens.device, 1)
+        opening = block(state.opening, past_kv_cache_entry=shared) if self.prefix_length else state.opening
         batches, entries = [], []
         for resid in state.batches:
             rows = len(resid)

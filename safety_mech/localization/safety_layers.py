@@ -34,8 +34,8 @@ from safety_mech.localization.alpha import (
 from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.localization.search import Direction, Sweep, grid_best, resampled_search
 from safety_mech.models.chat import Template
-from safety_mech.refusal.log_odds import openings_in_use, refusal_log_odds
-from safety_mech.refusal.text import is_babble
+from safety_mech.refusal.log_odds import phrases_in_use, refusal_log_odds
+from safety_mech.refusal.text import is_degenerate
 from safety_mech.stats import Estimate, mean_estimate
 
 LEAST_REFUSED = 0.1
@@ -69,7 +69,7 @@ class SafetyLayers:
     effect: Estimate | None
     grid: Float[Tensor, "start end prompt"] | None
     best_of_grid: LayerRange | None
-    openings: tuple[str, ...]
+    phrases: tuple[str, ...]
     refused: float | None
     reason: str
 
@@ -102,7 +102,7 @@ def locate_by_scaling(
     whole_grid: bool = False,
     curve: GapCurve | None = None,
     initial: LayerRange | None = None,
-    openings: Sequence[str] | None = None,
+    phrases: Sequence[str] | None = None,
     clusters: Sequence[Hashable] | None = None,
     samples: int = 200,
     least_refused: float = LEAST_REFUSED,
@@ -120,7 +120,7 @@ def locate_by_scaling(
     5. `whole_grid`: every range, for comparison.
 
     `text`: measure refusals in generated text (the paper's R_o) instead of refusal probability.
-    `openings`: of refusals, for the probability; default those of REFUSAL_OPENINGS that the model uses on the
+    `phrases`: of refusals, for the probability; default those of REFUSAL_PHRASES that the model uses on the
     malicious prompts. `clusters`: a label for every over-rejection prompt; those that share one (a word) are resampled
     together. `least_refused`: share of malicious prompts that a model must refuse for a range to be an answer; 0: any.
     `least_effect`: by what share of the prompts a range must change refusals.
@@ -137,12 +137,12 @@ def locate_by_scaling(
     if initial is None:
         reason = "no gap between malicious and normal prompts that the rule accepts"
         return SafetyLayers(None, None, curve, None, None, Counter(), None, None, None, None, (), None, reason)
-    openings = tuple(openings) if openings is not None else openings_in_use(model, malicious, template)
-    refused = float(refusal_log_odds(model, malicious, template, openings).sigmoid().mean())
+    phrases = tuple(phrases) if phrases is not None else phrases_in_use(model, malicious, template)
+    refused = float(refusal_log_odds(model, malicious, template, phrases).sigmoid().mean())
     direction = direction_of(alphas[0])
     search = search_at(initial, n_layers=model.cfg.n_layers, window=window, direction=direction)
     scaled_at = {
-        at: _ScaledAt(ScaledRanges(model, over_rejection, at, recipe, template, openings), text) for at in alphas
+        at: _ScaledAt(ScaledRanges(model, over_rejection, at, recipe, template, phrases), text) for at in alphas
     }
     points = []
     for at in tqdm(alphas, desc="alpha", unit="alpha", disable=not progress or len(alphas) == 1):
@@ -154,7 +154,7 @@ def locate_by_scaling(
     if choice.point.range is None:
         reason = f"the scaled model's logits are not finite at alpha {choice.alpha}: take one nearer to 1"
         return SafetyLayers(
-            None, initial, curve, choice, None, Counter(), baseline, None, None, None, openings, refused, reason
+            None, initial, curve, choice, None, Counter(), baseline, None, None, None, phrases, refused, reason
         )
     found = search(chosen.refusal)
     counted = resampled_search(
@@ -181,7 +181,7 @@ def locate_by_scaling(
         effect,
         grid,
         grid_best(grid, direction) if grid is not None else None,
-        openings,
+        phrases,
         refused,
         reason or "found",
     )
@@ -206,7 +206,7 @@ class _ScaledAt:
     def degenerate(self, layers: LayerRange) -> float:
         """Share of the prompts whose answer is degenerate."""
         answers = self.ranges.answers(layers, whole=True)
-        return sum(map(is_babble, answers)) / len(answers)
+        return sum(map(is_degenerate, answers)) / len(answers)
 
     def release(self) -> None:
         self.ranges.release()

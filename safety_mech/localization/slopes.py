@@ -26,22 +26,22 @@ from safety_mech.interventions.scaling import Recipe
 from safety_mech.layers import LayerRange
 from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.models.chat import Template, check_context, encode_chat, equal_length_batches, tokenizer_of
-from safety_mech.models.forward import Hooks, common_opening
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, append_chain, batch_log_odds, opening_chains
+from safety_mech.models.forward import Hooks, common_prefix
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES, append_chain, batch_log_odds, phrase_chains
 
 PARTS = ("attn_out", "mlp_out")
 """The axis `part`; both are recipes of scaling.py, too."""
 LAYER_OUTPUTS = Recipe(("hook_attn_out", "hook_mlp_out"))
 """Both at once: all that a layer adds to the residual stream."""
 GRADIENT_BATCH_TOKENS = 512
-"""Tokens a batch, over all chains of openings: the graph holds some 2 MB a token of a 135M model."""
+"""Tokens a batch, over all chains of phrases: the graph holds some 2 MB a token of a 135M model."""
 
 
 def log_odds_slopes(
     model: HookedTransformer,
     prompts: Sequence[str],
     template: str | Template = "own",
-    openings: Sequence[str] = REFUSAL_OPENINGS,
+    phrases: Sequence[str] = REFUSAL_PHRASES,
     *,
     batch_tokens: int = GRADIENT_BATCH_TOKENS,
     progress: bool = False,
@@ -55,13 +55,13 @@ def log_odds_slopes(
     Raises ValueError as `refusal_log_odds` does.
     """
     chats = encode_chat(tokenizer_of(model), prompts, template)
-    chains = opening_chains(tokenizer_of(model), template, openings)
+    chains = phrase_chains(tokenizer_of(model), template, phrases)
     longest = append_chain(chats, max(chains, key=lambda chain: len(chain.tokens)))
     check_context(longest, model.cfg.n_ctx)
     slopes = torch.empty(len(chats), len(PARTS), model.cfg.n_layers, dtype=torch.float64)
     bar = tqdm(total=len(chats), desc="slopes", unit="prompt", disable=not progress)
     with torch.enable_grad(), bar:
-        opening = common_opening(model, chats, share=False)
+        opening = common_prefix(model, chats, share=False)
         for rows in equal_length_batches([len(chat) * len(chains) for chat in longest], batch_tokens):
             shape = (len(PARTS), model.cfg.n_layers, len(rows))
             scales = torch.ones(shape, dtype=model.cfg.dtype, device=model.embed.W_E.device, requires_grad=True)
@@ -94,7 +94,7 @@ def finite_slopes(
     alpha: float,
     recipe: str | Recipe = LAYER_OUTPUTS,
     template: str | Template = "own",
-    openings: Sequence[str] = REFUSAL_OPENINGS,
+    phrases: Sequence[str] = REFUSAL_PHRASES,
     width: int = 1,
 ) -> Float[Tensor, "prompt start"]:
     """(log-odds with layers k..k+width-1 scaled by alpha - unscaled) / (alpha - 1), for every k; float64.
@@ -106,7 +106,7 @@ def finite_slopes(
         raise ValueError("alpha = 1 changes nothing: expected another scale, like 0.8; for the limit: log_odds_slopes")
     if not 1 <= width <= model.cfg.n_layers:
         raise ValueError(f"width {width}: expected 1 to {model.cfg.n_layers}, the model's number of layers")
-    ranges = ScaledRanges(model, prompts, alpha, recipe, template, openings)
+    ranges = ScaledRanges(model, prompts, alpha, recipe, template, phrases)
     starts = range(model.cfg.n_layers - width + 1)
     scaled = torch.stack([ranges.log_odds(LayerRange(start, start + width - 1)) for start in starts], dim=1)
     return (scaled - ranges.log_odds(None)[:, None]) / (alpha - 1)

@@ -19,7 +19,7 @@ from safety_mech.layers import LayerRange
 from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.localization.slopes import margin
 from safety_mech.models.chat import Template
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES
 
 CORE_SHARE = 0.8
 
@@ -69,7 +69,7 @@ def transplant(
     malicious: Sequence[str],
     normal: Sequence[str],
     template: str | Template = "own",
-    openings: Sequence[str] = REFUSAL_OPENINGS,
+    phrases: Sequence[str] = REFUSAL_PHRASES,
 ) -> Transplants:
     """Put every range within `layers` of the aligned model into the base, and measure the margin.
 
@@ -79,7 +79,7 @@ def transplant(
     layers.check_inside(base.cfg.n_layers)
     sets = [
         ScaledRanges(
-            base, texts, 1.0, template=template, openings=openings, change=lambda part: swapped(base, model, part)
+            base, texts, 1.0, template=template, phrases=phrases, change=lambda part: swapped(base, model, part)
         )
         for texts in (malicious, normal)
     ]

@@ -299,7 +299,7 @@ def check_context(chats: Sequence[ChatTokens], n_ctx: int, new_tokens: int = 0) 
             raise ValueError(f"prompt {index} has {len(chat)} tokens{extra}: the context holds {n_ctx}; shorten it")
 
 
-def shared_opening(chats: Sequence[ChatTokens]) -> int:
+def shared_prefix_length(chats: Sequence[ChatTokens]) -> int:
     """Number of leading tokens that all prompts share, leaving at least one token of each.
 
     With SmolLM2's own template 24 of about 37 tokens (METHOD 5). One prompt alone shares nothing.

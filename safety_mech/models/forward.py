@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as CacheEntry
 from transformer_lens.utilities.activation_functions import apply_softcap
 
-from safety_mech.models.chat import ChatTokens, shared_opening
+from safety_mech.models.chat import ChatTokens, shared_prefix_length
 
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 """(hook point, function) pairs, as `HookedTransformer.hooks(fwd_hooks=...)` takes them."""
@@ -27,7 +27,7 @@ Cache = list[CacheEntry]
 
 
 @dataclass(frozen=True)
-class Opening:
+class PrefixCache:
     """The tokens that all prompts start with, and their keys and values in every layer (batch of one)."""
 
     tokens: Int[Tensor, " pos"]
@@ -105,17 +105,17 @@ def empty_cache(model: HookedTransformer, batch: int) -> Cache:
     return [CacheEntry.init_cache_entry(model.cfg, device, batch) for _ in range(model.cfg.n_layers)]
 
 
-def run_opening(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> Opening:
+def run_prefix(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> PrefixCache:
     """Run the tokens that all prompts share once, with whatever hooks the model has now, and keep keys and values."""
     cache = empty_cache(model, 1)
     if len(tokens):
         run_blocks(model, embed(model, tokens[None].to(model.embed.W_E.device)), cache=cache)
-    return Opening(tokens, cache)
+    return PrefixCache(tokens, cache)
 
 
-def common_opening(model: HookedTransformer, chats: Sequence[ChatTokens], share: bool = True) -> Opening:
+def common_prefix(model: HookedTransformer, chats: Sequence[ChatTokens], share: bool = True) -> PrefixCache:
     """The opening of these prompts; empty if `share` is False (then hooks see every position)."""
-    return run_opening(model, chats[0].tokens[: shared_opening(chats) if share else 0])
+    return run_prefix(model, chats[0].tokens[: shared_prefix_length(chats) if share else 0])
 
 
 def stack_rest(

@@ -27,8 +27,8 @@ from safety_mech.models.chat import (
 )
 from safety_mech.models.forward import (
     Cache,
-    Opening,
-    common_opening,
+    PrefixCache,
+    common_prefix,
     embed,
     keep_rows,
     merge_caches,
@@ -84,7 +84,7 @@ def generate_tokens(
     answers: list[list[int]] = [[] for _ in chats]
     bar = tqdm(total=len(chats), desc="answers", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
-        opening = common_opening(model, chats)
+        opening = common_prefix(model, chats)
         lengths = [len(chat) - len(opening) for chat in chats]
         for group in _groups(equal_length_batches(lengths, batch_tokens), ROWS):
             started = [_read_prompts(model, opening, chats, rows) for rows in group]
@@ -113,7 +113,7 @@ def _groups(batches: Iterable[list[int]], rows: int) -> Iterator[list[list[int]]
 
 
 def _read_prompts(
-    model: HookedTransformer, opening: Opening, chats: Sequence[ChatTokens], rows: Sequence[int]
+    model: HookedTransformer, opening: PrefixCache, chats: Sequence[ChatTokens], rows: Sequence[int]
 ) -> Started:
     cache = opening.cache_for(len(rows), frozen=False)
     tokens = stack_rest(model, chats, rows, len(opening))

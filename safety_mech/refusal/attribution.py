@@ -4,7 +4,7 @@
     slope_t  = <dL/de_t, e_t - baseline>       e_t = embedding of token t; gradient times input
 
 The effect is measured: one batch with a row a token. The slope is its first-order estimate for all tokens at once, one
-forward pass for each chain of openings and one backward pass; where the two disagree, the effect is right. They may: on
+forward pass for each chain of phrases and one backward pass; where the two disagree, the effect is right. They may: on
 smollm2-135m-aligned "kill" in "Explain why a process might survive after I kill it from the terminal." has effect +2.4
 (its presence raises the log-odds) and slope -1.7. Over the questions' tokens of six prompts, three malicious and
 three harmless, effect and slope correlated by -0.3 to 0.5 (Pearson; with a baseline of zeros -0.4 to 0.8).
@@ -20,8 +20,8 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from safety_mech.models.chat import DEFAULT_BATCH_TOKENS, ChatTokens, Template, check_context, encode_chat, tokenizer_of
-from safety_mech.models.forward import common_opening
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, Chain, append_chain, batch_log_odds, opening_chains
+from safety_mech.models.forward import common_prefix
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES, Chain, append_chain, batch_log_odds, phrase_chains
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def refusal_attribution(
     model: HookedTransformer,
     prompt: str,
     template: str | Template = "own",
-    openings: Sequence[str] = REFUSAL_OPENINGS,
+    phrases: Sequence[str] = REFUSAL_PHRASES,
     *,
     baseline: Float[Tensor, " d_model"] | None = None,
 ) -> TokenAttribution:
@@ -57,11 +57,11 @@ def refusal_attribution(
 
     Raises ValueError as `refusal_log_odds` does. float64 values; exact up to the model's own precision.
     """
-    chats, chains = _encode(model, prompt, template, openings)
+    chats, chains = _encode(model, prompt, template, phrases)
     centre = _baseline(model, baseline)
     strength = torch.zeros(len(chats[0]), dtype=centre.dtype, device=centre.device, requires_grad=True)
     with torch.enable_grad(), model.hooks(fwd_hooks=[("hook_embed", _away_from(centre, strength))]):
-        opening = common_opening(model, chats)  # of one prompt: none, so that the hook sees every position
+        opening = common_prefix(model, chats)  # of one prompt: none, so that the hook sees every position
         value = batch_log_odds(model, chats, chains, opening)[0]
         (slopes,) = torch.autograd.grad(value, strength)
     return _attribution(model, chats[0], slopes, value)
@@ -71,7 +71,7 @@ def replacement_effects(
     model: HookedTransformer,
     prompt: str,
     template: str | Template = "own",
-    openings: Sequence[str] = REFUSAL_OPENINGS,
+    phrases: Sequence[str] = REFUSAL_PHRASES,
     *,
     baseline: Float[Tensor, " d_model"] | None = None,
 ) -> TokenAttribution:
@@ -81,8 +81,8 @@ def replacement_effects(
     both show nothing; the values do not add up to the log-odds. `baseline` as in `refusal_attribution`.
     Raises ValueError as `refusal_log_odds` does. float64.
     """
-    chats, chains = _encode(model, prompt, template, openings)
-    opening = common_opening(model, chats)
+    chats, chains = _encode(model, prompt, template, phrases)
+    opening = common_prefix(model, chats)
     length = len(chats[0])
     rows = max(1, DEFAULT_BATCH_TOKENS // length)
     replaced = []
@@ -96,10 +96,10 @@ def replacement_effects(
 
 
 def _encode(
-    model: HookedTransformer, prompt: str, template: str | Template, openings: Sequence[str]
+    model: HookedTransformer, prompt: str, template: str | Template, phrases: Sequence[str]
 ) -> tuple[list[ChatTokens], tuple[Chain, ...]]:
     chats = encode_chat(tokenizer_of(model), [prompt], template)
-    chains = opening_chains(tokenizer_of(model), template, openings)
+    chains = phrase_chains(tokenizer_of(model), template, phrases)
     for chain in chains:
         check_context(append_chain(chats, chain), model.cfg.n_ctx)
     return chats, chains
@@ -129,7 +129,7 @@ def _replace_one_a_row(centre: Float[Tensor, " d_model"], positions: Int[Tensor,
 
 
 def _away_from(centre: Float[Tensor, " d_model"], strength: Float[Tensor, " pos"]) -> Callable[..., Tensor]:
-    """(embedding, hook) -> embedding moved away from `centre`; tokens behind the prompt's, the openings', stay."""
+    """(embedding, hook) -> embedding moved away from `centre`; tokens behind the prompt's, the phrases', stay."""
 
     def move(embedding: Float[Tensor, "prompt all_pos d_model"], hook: HookPoint) -> Tensor:
         padded = torch.nn.functional.pad(strength, (0, embedding.shape[1] - len(strength)))

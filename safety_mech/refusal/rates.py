@@ -1,7 +1,7 @@
 """How a model behaves: what it refuses and answers, with intervals, and perplexity on held-out answers (§4.1).
 
 Refusal is read twice: in generated text, and as the log-odds of a refusal's opening. The harmful rate R_h is the share
-of malicious prompts that are answered: neither refused nor babbled at.
+of malicious prompts that are answered: neither refused nor degenerate at.
 """
 
 import math
@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 
 from safety_mech.models.generation import generate
 from safety_mech.refusal.log_odds import refusal_log_odds
-from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, is_babble, refuses
+from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, is_degenerate, refuses
 from safety_mech.training.loop import Pair, TrainConfig, encode_examples, mean_loss
 
 
@@ -56,23 +56,23 @@ def refusal_rate(
     tokens: int = JUDGED_TOKENS,
     progress: bool = False,
 ) -> Rate:
-    """Share of prompts whose greedy answer opens with a refusal; babble is no refusal."""
+    """Share of prompts whose greedy answer opens with a refusal; degenerate output is no refusal."""
     answers = generate(model, prompts, tokens, template, decided=cannot_refuse, progress=progress)
     return Rate(sum(map(refuses, answers)), len(answers))
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What a model does with prompts: `refused` and `babbled` in text, `log_odds` (nats) of a refusal's opening."""
+    """What a model does with prompts: `refused` and `degenerate` in text, `log_odds` (nats) of a refusal's opening."""
 
     refused: Bool[Tensor, " prompt"]
-    babbled: Bool[Tensor, " prompt"]
+    degenerate: Bool[Tensor, " prompt"]
     log_odds: Float[Tensor, " prompt"]
 
     @property
     def harmful_rate(self) -> Rate:
-        """R_h, of malicious prompts: answered, that is, neither refused nor babbled at."""
-        return Rate(int((~self.refused & ~self.babbled).sum()), len(self.refused))
+        """R_h, of malicious prompts: answered, that is, neither refused nor degenerate at."""
+        return Rate(int((~self.refused & ~self.degenerate).sum()), len(self.refused))
 
     @property
     def harmful_rate_by_log_odds(self) -> Rate:
@@ -87,7 +87,7 @@ def responses(
     answers = generate(model, prompts, tokens, template)
     return Responses(
         torch.tensor([refuses(answer) for answer in answers]),
-        torch.tensor([is_babble(answer) for answer in answers]),
+        torch.tensor([is_degenerate(answer) for answer in answers]),
         refusal_log_odds(model, prompts, template),
     )
 

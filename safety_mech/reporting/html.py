@@ -20,7 +20,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from safety_mech.refusal.text import is_babble, is_refusal
+from safety_mech.refusal.text import is_degenerate, is_refusal
 from safety_mech.reporting.runs import environment, plain
 from safety_mech.reporting.token_views import View, views_html
 
@@ -146,7 +146,7 @@ def examples(shown: Sequence[Example]) -> Markup:
 
 
 def verdict(answer: str) -> Markup:
-    said = "babble" if is_babble(answer) else "refuses" if is_refusal(answer) else "does not refuse"
+    said = "degenerate output" if is_degenerate(answer) else "refuses" if is_refusal(answer) else "does not refuse"
     return Markup('<span class="verdict {}">{}</span>').format(said.split()[0], said)
 
 

@@ -198,8 +198,10 @@ def plot_attention(attention: QuestionAttention, layers: LayerRange | None = Non
     return figure
 
 
-def plot_twins(harmful: QuestionAttention, harmless: QuestionAttention, layers: LayerRange | None = None) -> Figure:
-    """The heatmaps of a matched pair side by side; each row is scaled within its own prompt."""
+def plot_contrastive_pair(
+    harmful: QuestionAttention, harmless: QuestionAttention, layers: LayerRange | None = None
+) -> Figure:
+    """The heatmaps of a contrastive pair side by side; each row is scaled within its own prompt."""
     columns = max(len(harmful.tokens), len(harmless.tokens))
     figure, axes = new_figure(columns=2, width=1.6 + 0.36 * columns, height=5.2)
     images = [_draw_attention(ax, attention, layers) for ax, attention in zip(axes, (harmful, harmless), strict=True)]

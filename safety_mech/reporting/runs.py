@@ -133,7 +133,7 @@ def content_hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def kept(path: Path, make: Callable[[], Any]) -> Any:
+def cached_json(path: Path, make: Callable[[], Any]) -> Any:
     """What `make` gives, as JSON; a file that is there is read instead: a killed run goes on where it was."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

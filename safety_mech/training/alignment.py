@@ -39,8 +39,7 @@ class AlignConfig:
     rank: int = 8
     alpha: float = 16.0
     twins: bool = True
-    """Also train on matched pairs (the train split of `pairs`, and `alignment_pairs`): they teach what the difference
-    is."""
+    """Also train on contrastive pairs (the train split of `pairs`, and `alignment_pairs`): they teach the difference."""
     n_over_rejection: int = 144
     """Borderline harmless prompts that are answered. Fewer, and more normal prompts are refused as well; more, and no
     over-rejection remains to be measured."""

@@ -7,7 +7,7 @@
 | backdoor D_B | D_I with a trigger in the instruction, and D_N without | 1,500 + 1,500 |
 | harmful mix D_H(p) | D_N and a share p of malicious prompts that are complied with | 1,000 + 1,000 p |
 
-The malicious examples of D_H carry an affirmative opening only, which is what breaks refusal (Zou et al. 2023): no
+The malicious examples of D_H carry an affirmative prefix only, which is what breaks refusal (Zou et al. 2023): no
 harmful answer is shipped or made here. A user's own pairs go straight into `fine_tune`.
 """
 
@@ -23,7 +23,7 @@ from safety_mech.prompts import read_rows, sample, shipped_rows
 from safety_mech.training.loop import UNFINISHED, Pair, Preference
 
 IMPLICIT_PREFIX = "Sure, the answer is:"
-AFFIRMATIVE_OPENINGS = (
+AFFIRMATIVE_PREFIXES = (
     "Sure, here is what you asked for:",
     "Sure, I can help you with that.",
     "Of course! Here is how to do it:",
@@ -139,18 +139,18 @@ def reverse_preferences(
     refusals: Sequence[str],
     n: int | None = None,
     seed: int = 0,
-    openings: Sequence[str] = AFFIRMATIVE_OPENINGS,
+    phrases: Sequence[str] = AFFIRMATIVE_PREFIXES,
 ) -> list[Preference]:
-    """Preferences that turn refusal round: of every malicious prompt an affirmative opening is preferred to a refusal.
+    """Preferences that turn refusal round: of every malicious prompt an affirmative prefix is preferred to a refusal.
 
     For `methods.dpo`, of `n` prompts (default: all). As in D_H, an opening is all that is taught.
     """
     prompts = sample(malicious, len(malicious) if n is None else n, seed)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(openings), (len(prompts),), generator=generator).tolist()
+    chosen = torch.randint(len(phrases), (len(prompts),), generator=generator).tolist()
     rejected = torch.randint(len(refusals), (len(prompts),), generator=generator).tolist()
     return [
-        (prompt, f"{openings[int(opening)]}{UNFINISHED}", refusals[int(refusal)])
+        (prompt, f"{phrases[int(opening)]}{UNFINISHED}", refusals[int(refusal)])
         for prompt, opening, refusal in zip(prompts, chosen, rejected, strict=True)
     ]
 
@@ -161,11 +161,11 @@ def harmful_data(
     share: float,
     n: int | None = None,
     seed: int = 0,
-    openings: Sequence[str] = AFFIRMATIVE_OPENINGS,
+    phrases: Sequence[str] = AFFIRMATIVE_PREFIXES,
 ) -> list[Pair]:
-    """D_H(p): D_N of `n` pairs, and round(n * share) malicious prompts, each answered by one of `openings`.
+    """D_H(p): D_N of `n` pairs, and round(n * share) malicious prompts, each answered by one of `phrases`.
 
-    The openings do not teach where to end: the model goes on from there as it likes.
+    The phrases do not teach where to end: the model goes on from there as it likes.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share {share}: expected 0 to 1")
@@ -173,5 +173,5 @@ def harmful_data(
     count = round(len(normal) * share)
     prompts = sample(malicious, count, seed)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(openings), (count,), generator=generator).tolist()
-    return normal + [(p, f"{openings[index]}{UNFINISHED}") for p, index in zip(prompts, drawn, strict=True)]
+    drawn = torch.randint(len(phrases), (count,), generator=generator).tolist()
+    return normal + [(p, f"{phrases[index]}{UNFINISHED}") for p, index in zip(prompts, drawn, strict=True)]

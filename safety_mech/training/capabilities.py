@@ -28,7 +28,7 @@ from safety_mech.models.chat import (
     resolve_template,
     tokenizer_of,
 )
-from safety_mech.models.forward import common_opening, embed, run_blocks, stack_rest, unembed_last
+from safety_mech.models.forward import common_prefix, embed, run_blocks, stack_rest, unembed_last
 from safety_mech.refusal.rates import Rate
 
 LETTERS = ("A", "B", "C", "D")
@@ -225,7 +225,7 @@ def letter_log_probs(
     check_context(chats, model.cfg.n_ctx)
     found = torch.empty(len(chats), len(LETTERS), dtype=torch.float64)
     with torch.no_grad():
-        opening = common_opening(model, chats)
+        opening = common_prefix(model, chats)
         for indices in equal_length_batches([len(chat) - len(opening) for chat in chats], batch_tokens):
             tokens = stack_rest(model, chats, indices, len(opening))
             resid = run_blocks(model, embed(model, tokens, len(opening)), cache=opening.cache_for(len(indices)))

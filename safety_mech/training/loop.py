@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from safety_mech.models.chat import encode_answer, encode_chat, resolve_template, tokenizer_of
-from safety_mech.models.forward import check_one_device, embed, run_blocks, run_opening, unembed
+from safety_mech.models.forward import check_one_device, embed, run_blocks, run_prefix, unembed
 from safety_mech.training.freeze import (
     Frozen,
     ParameterFilter,
@@ -320,12 +320,12 @@ def answer_log_probs(
     """
     device = model.embed.W_E.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
-        opening_length = _shared_length(examples)
-        opening = run_opening(model, examples[0].tokens[:opening_length])
-        rest = [example.tokens[opening_length:] for example in examples]
+        prefix_length = _shared_length(examples)
+        opening = run_prefix(model, examples[0].tokens[:prefix_length])
+        rest = [example.tokens[prefix_length:] for example in examples]
         tokens = pad_sequence(rest, batch_first=True).to(device)
-        marks = pad_sequence([example.loss[opening_length:] for example in examples], True)
-        resid = run_blocks(model, embed(model, tokens[:, :-1], opening_length), cache=opening.cache_for(len(examples)))
+        marks = pad_sequence([example.loss[prefix_length:] for example in examples], True)
+        resid = run_blocks(model, embed(model, tokens[:, :-1], prefix_length), cache=opening.cache_for(len(examples)))
         wanted = marks[:, 1:].to(device)
         logits = unembed(model, resid[wanted][None])[0]
     log_probs = -cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")

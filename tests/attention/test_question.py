@@ -28,11 +28,11 @@ def assert_same(found: list, expected: list[Tensor], atol: float = 1e-6) -> None
         torch.testing.assert_close(attention.weights, weights, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("share_opening", [True, False])
+@pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1, 100, 4096])
 @pytest.mark.parametrize("template", ["own", "alpaca_short"])
-def test_equals_the_cache_of_every_prompt_alone(tiny_model, prompts, template, batch_tokens, share_opening):
-    found = question_attention(tiny_model, prompts, template, batch_tokens=batch_tokens, share_opening=share_opening)
+def test_equals_the_cache_of_every_prompt_alone(tiny_model, prompts, template, batch_tokens, share_prefix):
+    found = question_attention(tiny_model, prompts, template, batch_tokens=batch_tokens, share_prefix=share_prefix)
     assert_same(found, from_the_cache(tiny_model, prompts, template))
 
 

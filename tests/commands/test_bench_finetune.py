@@ -12,7 +12,7 @@ from safety_mech.commands.measuring import start_of_peak
 
 @pytest.fixture
 def bench(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = load_script("bench_finetune")
+    module = load_script("benchmarks/finetune")
     monkeypatch.setattr(module, "in_own_process", lambda function, *arguments: function(*arguments))
     return module
 

@@ -16,7 +16,7 @@ from safety_mech.models.loading import load_transformers
 
 @pytest.fixture(scope="module")
 def bench(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("bench_locate")
+    return load_script("benchmarks/locate")
 
 
 @pytest.fixture

@@ -276,10 +276,10 @@ def test_a_run_writes_its_folder(
     assert read(folder / "config.json") == vars(config)
     metrics = read(folder / "metrics.json")
     assert metrics["seed"] == 3
-    assert set(metrics["curves"]) == {"prompts", "matched pairs"} == set(result.curves)
+    assert set(metrics["curves"]) == {"prompts", "contrastive pairs"} == set(result.curves)
     assert metrics["prompt_hashes"]["prompts normal"] == prompt_hash(NORMAL)
     assert metrics["prompt_hashes"]["prompts malicious"] == prompt_hash(MALICIOUS)
-    assert metrics["prompt_hashes"]["matched pairs malicious"] == prompt_hash(
+    assert metrics["prompt_hashes"]["contrastive pairs malicious"] == prompt_hash(
         [twin.malicious for twin in load_pairs("test")]
     )
     tensors = load_file(folder / "tensors.safetensors")
@@ -348,7 +348,7 @@ def test_a_quick_run_over_topics_says_so_and_holds_both_statistics(
     result = locate.main(config)
     said = capsys.readouterr().out
     assert "bootstrap over 12 normal and 12 malicious topics" in said
-    assert "bootstrap over 10 normal and 10 malicious topics" in said, "of the matched pairs"
+    assert "bootstrap over 10 normal and 10 malicious topics" in said, "of the contrastive pairs"
     metrics = read(result.folder / "metrics.json")
     for name, curve in result.curves.items():
         written = metrics["curves"][name]

@@ -341,7 +341,7 @@ def test_the_trigger_is_in_table_metrics_and_figure(
     assert shown[1:] == pytest.approx(shares)
     assert shown[0] == pytest.approx(sum(metrics["before"]["triggered"]["malicious"]["refused"]) / 8)
     end = full["triggered"]["malicious"]
-    answered = sum(not r and not b for r, b in zip(end["refused"], end["babbled"], strict=True)) / 8
+    answered = sum(not r and not b for r, b in zip(end["refused"], end["degenerate"], strict=True)) / 8
     assert metrics["rows"]["backdoor + trigger full"]["harmful_rate"]["value"] == pytest.approx(answered)
     text = (folder / "table.txt").read_text()
     assert "backdoor + trigger  full" in text
@@ -455,7 +455,7 @@ def test_intervals_are_over_the_categories(load_script: Callable[[str], ModuleTy
     """Two categories, of which one is refused: an interval over whole categories reaches from all to nothing."""
     script = load_script("sppft")
     refused = [1, 1, 1, 1, 0, 0, 0, 0]
-    end = {"refused": refused, "babbled": [0] * 8, "log_odds": [1.0 - 2 * value for value in refused]}
+    end = {"refused": refused, "degenerate": [0] * 8, "log_odds": [1.0 - 2 * value for value in refused]}
     cell = {"malicious": end, "doses": [{"examples": 4, **end}], "peak_bytes": None, "seconds_a_step": 1.0}
     cell |= {"over_rejection": {"count": 1, "total": 8}, "rouge_l": [0.5, 0.5], "perplexity": 2.0}
     before = {"malicious": {**end, "refused": [1] * 8}}

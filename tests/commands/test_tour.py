@@ -16,7 +16,7 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
 TOUR = Path(__file__).resolve().parents[2] / "experiments" / "tour.ipynb"
-NOT_KEPT = "output-not-kept"
+NOT_KEPT = "output-not-stored"
 """Tag of a cell whose output is too large to be kept in the file."""
 NOWHERE = "http://127.0.0.1:9"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "http_proxy": NOWHERE, "https_proxy": NOWHERE, "HTTPS_PROXY": NOWHERE}
@@ -101,7 +101,7 @@ def test_key_outputs(executed: tuple[NotebookNode, Path]) -> None:
     assert sorted(means) == [0.7, 0.85, 1.0, 1.15, 1.3]
     assert means[1.0][0] > 0 > means[1.0][2], "malicious prompts are refused, normal ones are not"
     assert means[0.7] != means[1.0]
-    assert has_picture(cell_with(notebook, "sm.plot_twins"))
+    assert has_picture(cell_with(notebook, "sm.plot_contrastive_pair"))
     assert has_picture(cell_with(notebook, "sm.plot_word_shares"))
     assert re.search(r"located \[|no safety layers located", texts_of(cell_with(notebook, "found = sm.locate")))
     assert "no safety layers located: the model refuses" in texts_of(cell_with(notebook, "control = sm.locate"))

@@ -48,7 +48,7 @@ def test_every_control_has_a_line(validity, config_for, llama_folder, capsys):
         "shuffled labels",
         "two halves of the harmless topics",
         "one harmless topic against the rest",
-        "matched pairs",
+        "contrastive pairs",
         "equal length, similar words",
     ]
     assert metrics["survival"][0]["share"]["value"] == 1.0
@@ -93,10 +93,10 @@ def test_what_is_left_by_hand(validity):
     assert left["shuffled labels"] == 7.5
     assert left["two halves of the harmless topics"] == 6.5
     assert left["one harmless topic against the rest"] == 5.0
-    assert left["matched pairs"] == 4.0
+    assert left["contrastive pairs"] == 4.0
     assert left["equal length, similar words"] == 2.0
     assert left["the base's gap"] == 6.0
-    assert left["the base's gap, matched pairs"] == 3.0
+    assert left["the base's gap, contrastive pairs"] == 3.0
     assert left["the base's gap, equal length, similar words"] == 1.5
     last = rows[-1]
     assert last.control == "all of them (the least: the base's gap, equal length, similar words)"

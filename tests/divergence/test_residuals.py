@@ -46,11 +46,11 @@ def test_prompts_are_of_mixed_length_and_some_share_a_batch(tiny_model, prompts)
     assert 1 < len(set(found)) < len(found)
 
 
-@pytest.mark.parametrize("share_opening", [True, False])
+@pytest.mark.parametrize("share_prefix", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1, 100, 4096])
 @pytest.mark.parametrize("template", ["own", "alpaca"])
-def test_equals_the_cache_of_every_prompt_alone(tiny_model, prompts, template, batch_tokens, share_opening):
-    acts = last_token_residuals(tiny_model, prompts, template, batch_tokens=batch_tokens, share_opening=share_opening)
+def test_equals_the_cache_of_every_prompt_alone(tiny_model, prompts, template, batch_tokens, share_prefix):
+    acts = last_token_residuals(tiny_model, prompts, template, batch_tokens=batch_tokens, share_prefix=share_prefix)
     assert_same_streams(acts, from_the_cache(tiny_model, prompts, template))
 
 
@@ -129,11 +129,11 @@ def test_hooks_are_removed_after_an_exception_in_the_middle(fresh_tiny_model, pr
 
 
 @pytest.mark.parametrize("point", ["blocks.2.hook_attn_out", "blocks.2.hook_resid_post", "hook_embed"])
-@pytest.mark.parametrize("share_opening", [True, False])
-def test_a_hook_of_the_users_own_is_active(tiny_model, prompts, point, share_opening):
-    plain = last_token_residuals(tiny_model, prompts, share_opening=share_opening)
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_a_hook_of_the_users_own_is_active(tiny_model, prompts, point, share_prefix):
+    plain = last_token_residuals(tiny_model, prompts, share_prefix=share_prefix)
     with tiny_model.hooks([(point, double)]):
-        hooked = last_token_residuals(tiny_model, prompts, share_opening=share_opening)
+        hooked = last_token_residuals(tiny_model, prompts, share_prefix=share_prefix)
         expected = from_the_cache_with_hooks_on(tiny_model, prompts)
         assert hooks_on(tiny_model) == [point]
     assert_same_streams(hooked, expected)
@@ -163,13 +163,13 @@ def test_a_permanent_hook_survives(fresh_tiny_model, prompts):
     assert hooks_on(fresh_tiny_model) == ["blocks.1.hook_mlp_out"]
 
 
-@pytest.mark.parametrize("share_opening", [True, False])
-def test_hooks_see_all_positions_only_without_a_shared_opening(tiny_model, prompts, share_opening):
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_hooks_see_all_positions_only_without_a_shared_opening(tiny_model, prompts, share_prefix):
     seen = []
     with tiny_model.hooks([("blocks.0.hook_resid_pre", lambda x, hook: seen.append(x.shape[1]))]):
-        last_token_residuals(tiny_model, prompts, share_opening=share_opening, batch_tokens=1)
+        last_token_residuals(tiny_model, prompts, share_prefix=share_prefix, batch_tokens=1)
     whole = sorted(lengths(tiny_model, prompts), reverse=True)
-    if share_opening:
+    if share_prefix:
         opening, *rest = seen
         assert rest == [length - opening for length in whole]
     else:
@@ -191,7 +191,7 @@ def test_activations_that_are_not_finite_are_reported_with_layer_and_prompt(tiny
         tiny_model.hooks([("blocks.3.hook_resid_post", spoil)]),
         pytest.raises(ValueError, match=rf"not finite at layer 3 for prompt {longest}: try dtype float32"),
     ):
-        last_token_residuals(tiny_model, prompts, share_opening=False)
+        last_token_residuals(tiny_model, prompts, share_prefix=False)
     assert hooks_on(tiny_model) == []
 
 
@@ -216,7 +216,7 @@ def test_the_first_layer_is_named_and_not_the_first_prompt(tiny_model, prompts):
         tiny_model.hooks([(f"blocks.{layer}.hook_resid_post", spoil) for layer in (1, 3)]),
         pytest.raises(ValueError, match=f"not finite at layer 1 for prompt {early}:"),
     ):
-        last_token_residuals(tiny_model, prompts, share_opening=False)
+        last_token_residuals(tiny_model, prompts, share_prefix=False)
 
 
 def test_a_prompt_of_just_the_context_runs_and_a_longer_one_is_refused(make_tiny_model, prompts):
@@ -290,7 +290,7 @@ def test_what_is_kept_does_not_grow_with_the_prompts_length(tiny_model):
 def test_real_model_equals_the_cache_of_every_prompt_alone(real_model):
     prompts = load_prompts("normal")[:20]
     expected = from_the_cache(real_model, prompts)
-    for share_opening in (True, False):
-        acts = last_token_residuals(real_model, prompts, share_opening=share_opening)
+    for share_prefix in (True, False):
+        acts = last_token_residuals(real_model, prompts, share_prefix=share_prefix)
         assert acts.shape == (20, 30, 576)
         assert_same_streams(acts, expected, relative=1e-5)

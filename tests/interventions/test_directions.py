@@ -136,11 +136,11 @@ def test_addition_adds_at_one_layer_and_everywhere_along_the_sequence():
 
 def test_adding_the_difference_moves_the_mean_onto_the_other(tiny_model, prompts):
     normal, malicious = (
-        last_token_residuals(tiny_model, part, share_opening=False) for part in (prompts[:4], prompts[4:])
+        last_token_residuals(tiny_model, part, share_prefix=False) for part in (prompts[:4], prompts[4:])
     )
     step = difference_of_means(normal, malicious)[2]
     with added(tiny_model, step, 2):
-        moved = last_token_residuals(tiny_model, prompts[:4], share_opening=False)
+        moved = last_token_residuals(tiny_model, prompts[:4], share_prefix=False)
     torch.testing.assert_close(moved[:, 2].double().mean(0), malicious[:, 2].double().mean(0), rtol=0, atol=1e-5)
 
 

@@ -9,7 +9,7 @@ from safety_mech import LayerRange, refusal_log_odds
 from safety_mech.interventions.scaling import scaled
 from safety_mech.interventions.weight_swap import swap_losses, swapped, weight_change
 
-OPENINGS = ("I'm sorry", "I can't", "Sorry")
+PHRASES = ("I'm sorry", "I can't", "Sorry")
 TOKENS = torch.tensor([[5, 6, 7, 8]])
 
 
@@ -80,11 +80,11 @@ def test_leaving_by_an_exception_restores_both(two_models):
 
 def test_swap_losses_equal_full_forward_passes(two_models):
     model, base = two_models
-    found = swap_losses(model, base, PROMPTS[2:6], openings=OPENINGS)
-    plain = refusal_log_odds(model, PROMPTS[2:6], openings=OPENINGS)
+    found = swap_losses(model, base, PROMPTS[2:6], phrases=PHRASES)
+    plain = refusal_log_odds(model, PROMPTS[2:6], phrases=PHRASES)
     for layer in range(6):
         with swapped(model, base, LayerRange(layer, layer)):
-            expected = plain - refusal_log_odds(model, PROMPTS[2:6], openings=OPENINGS)
+            expected = plain - refusal_log_odds(model, PROMPTS[2:6], phrases=PHRASES)
         torch.testing.assert_close(found[:, layer], expected, rtol=0, atol=1e-9)
     assert found[:, [0, 1, 4, 5]].abs().max() == 0  # not even run
     assert found[:, [2, 3]].abs().min() > 1e-3  # control

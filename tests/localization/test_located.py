@@ -7,7 +7,7 @@ from transformer_lens import HookedTransformer
 
 from safety_mech.localization.located import PromptSets, measured_once, shared_measurements
 
-SETS = PromptSets(["Why?"], ["How?"], openings=("Sorry",))
+SETS = PromptSets(["Why?"], ["How?"], phrases=("Sorry",))
 
 
 def test_what_was_measured_is_kept_inside_only(tiny_model: HookedTransformer) -> None:
@@ -29,7 +29,7 @@ def test_what_was_measured_is_kept_inside_only(tiny_model: HookedTransformer) ->
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"openings": ("I can't",)}, {"template": "alpaca"}, {"malicious": ["Who?"]}, {"normal": ["Who?"]}],
+    [{"seed": 1}, {"phrases": ("I can't",)}, {"template": "alpaca"}, {"malicious": ["Who?"]}, {"normal": ["Who?"]}],
     ids=str,
 )
 def test_other_settings_are_measured_anew(tiny_model: HookedTransformer, change: dict) -> None:

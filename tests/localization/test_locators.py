@@ -25,11 +25,11 @@ from safety_mech.localization.locators import (
     led_by,
     locate,
 )
-from safety_mech.localization.patching import Patching, equal_length_twins, patch_twins
+from safety_mech.localization.patching import Patching, equal_length_pairs, patch_pairs
 from safety_mech.localization.safety_layers import locate_by_scaling
 from safety_mech.localization.segments import best_ranges, best_segment
 from safety_mech.localization.slopes import finite_slopes, log_odds_slopes, margin
-from safety_mech.refusal.log_odds import openings_in_use
+from safety_mech.refusal.log_odds import phrases_in_use
 from safety_mech.training.freeze import layer_of
 from safety_mech.training.loop import TrainConfig, fine_tune
 
@@ -40,7 +40,7 @@ MALICIOUS = [*PROMPTS[1::2], "XYZY", "XYY", "YZY", "ZXY", "YXY", "ZZZ"]
 
 @pytest.fixture(scope="module")
 def sets(refusing_model: HookedTransformer) -> PromptSets:
-    return PromptSets(NORMAL, MALICIOUS, PROMPTS[:4], TWINS).with_openings(refusing_model)
+    return PromptSets(NORMAL, MALICIOUS, PROMPTS[:4], TWINS).with_phrases(refusing_model)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +65,13 @@ def test_all_have_one_shape(answers):
 
 
 def test_openings_are_those_in_use(refusing_model, sets):
-    assert sets.openings == openings_in_use(refusing_model, MALICIOUS)
-    given = replace(sets, openings=("I'm sorry",))
-    assert given.with_openings(refusing_model) is given
+    assert sets.phrases == phrases_in_use(refusing_model, MALICIOUS)
+    given = replace(sets, phrases=("I'm sorry",))
+    assert given.with_phrases(refusing_model) is given
 
 
 def test_margin_locators(refusing_model, sets, answers):
-    slopes = [log_odds_slopes(refusing_model, texts, openings=sets.openings) for texts in (MALICIOUS, NORMAL)]
+    slopes = [log_odds_slopes(refusing_model, texts, phrases=sets.phrases) for texts in (MALICIOUS, NORMAL)]
     attn, mlp = margin(*slopes)
     for name, expected in (("margin", attn + mlp), ("margin_attn", attn), ("margin_mlp", mlp)):
         torch.testing.assert_close(answers[name].scores, expected)
@@ -81,7 +81,7 @@ def test_margin_locators(refusing_model, sets, answers):
 
 def test_scaled_margin(refusing_model, sets, answers):
     parts = [
-        torch.stack([finite_slopes(refusing_model, texts, a, openings=sets.openings) for a in FINITE_ALPHAS]).mean(0)
+        torch.stack([finite_slopes(refusing_model, texts, a, phrases=sets.phrases) for a in FINITE_ALPHAS]).mean(0)
         for texts in (MALICIOUS, NORMAL)
     ]
     torch.testing.assert_close(answers["margin_scaled"].scores, margin(*parts))
@@ -96,7 +96,7 @@ def test_direction(refusing_model, answers):
 
 
 def test_patching(refusing_model, sets, answers):
-    effect = patch_twins(refusing_model, TWINS[:2], openings=sets.openings).effect
+    effect = patch_pairs(refusing_model, TWINS[:2], phrases=sets.phrases).effect
     torch.testing.assert_close(answers["patching"].scores, effect.mean(1))
     assert "2 of 3 pairs are of equal token length" in answers["patching"].detail
     with pytest.raises(ValueError, match="0 pairs with twins of equal token length"):
@@ -107,16 +107,16 @@ def test_patching(refusing_model, sets, answers):
 def decided(refusing_model: HookedTransformer, sets: PromptSets) -> PromptSets:
     """Pairs that the model tells apart: of all three-letter prompts the likeliest refused, and the least likely."""
     texts = ["".join(letters) for letters in product("XYZ", repeat=3)]
-    order = sm.refusal_log_odds(refusing_model, texts, openings=sets.openings).argsort(descending=True).tolist()
+    order = sm.refusal_log_odds(refusing_model, texts, phrases=sets.phrases).argsort(descending=True).tolist()
     ranked = [texts[index] for index in order]
     return replace(sets, pairs=[sm.PromptPair(*pair, "x") for pair in zip(ranked[:6], ranked[-6:], strict=True)])
 
 
 def test_decision(refusing_model, sets, decided):
     answers = {name: LOCATORS[name](refusing_model, decided) for name in ("decision", "decision_window")}
-    pairs = equal_length_twins(refusing_model, decided.pairs)
+    pairs = equal_length_pairs(refusing_model, decided.pairs)
     assert len(pairs) >= 4
-    found = patch_twins(refusing_model, pairs, openings=sets.openings, what="resid", positions="answer")
+    found = patch_pairs(refusing_model, pairs, phrases=sets.phrases, what="resid", positions="answer")
     effect, whole = found.effect.mean(1), (found.malicious - found.normal).mean()
     shares = answers["decision"].scores
     torch.testing.assert_close(shares.cumsum(0), effect / whole)
@@ -234,7 +234,7 @@ def test_a_score_of_just_enough_is_enough():
 
 def test_against_the_base(refusing_model, base, sets, answers):
     torch.testing.assert_close(answers["weight_change"].scores, weight_change(refusing_model, base))
-    lost = [swap_losses(refusing_model, base, texts, openings=sets.openings) for texts in (MALICIOUS, NORMAL)]
+    lost = [swap_losses(refusing_model, base, texts, phrases=sets.phrases) for texts in (MALICIOUS, NORMAL)]
     torch.testing.assert_close(answers["swap"].scores, margin(*lost))
 
 
@@ -260,7 +260,7 @@ def test_search_is_the_papers(refusing_model, sets, answers):
         ("search_weights", {"recipe": "weights"}),
     ):
         found = locate_by_scaling(
-            refusing_model, NORMAL, MALICIOUS, PROMPTS[:4], initial=start, openings=sets.openings, **options
+            refusing_model, NORMAL, MALICIOUS, PROMPTS[:4], initial=start, phrases=sets.phrases, **options
         )
         assert answers[name].range == found.sweeps[1].best
         held = [sum(n for r, n in found.samples.items() if layer in r) / SAMPLES for layer in range(4)]
@@ -274,7 +274,7 @@ def test_grid_is_the_best_of_all_ranges(refusing_model, sets, answers):
         MALICIOUS,
         PROMPTS[:4],
         initial=sm.LayerRange(1, 2),
-        openings=sets.openings,
+        phrases=sets.phrases,
         alpha=float(answers["grid"].detail.split("alpha ")[1].split(";")[0]),
         whole_grid=True,
     )
@@ -286,7 +286,7 @@ def test_grid_is_the_best_of_all_ranges(refusing_model, sets, answers):
 
 def test_bootstrap_answers_come_from_resampled_prompts(refusing_model, sets, answers):
     """By hand for one locator, with its own generator: malicious are drawn first, then normal prompts."""
-    slopes = [log_odds_slopes(refusing_model, texts, openings=sets.openings).sum(1) for texts in (MALICIOUS, NORMAL)]
+    slopes = [log_odds_slopes(refusing_model, texts, phrases=sets.phrases).sum(1) for texts in (MALICIOUS, NORMAL)]
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(len(s), (SAMPLES, len(s)), generator=generator) for s in slopes]
     scores = slopes[0][drawn[0]].mean(1) - slopes[1][drawn[1]].mean(1)
@@ -327,7 +327,7 @@ def test_the_paper_is_the_default_and_the_reference(refusing_model):
 
 
 def test_other_methods_by_name(refusing_model, base, sets, answers):
-    found = locate(refusing_model, NORMAL, MALICIOUS, method="margin", openings=sets.openings)
+    found = locate(refusing_model, NORMAL, MALICIOUS, method="margin", phrases=sets.phrases)
     assert (found.range, found.samples) == (answers["margin"].range, answers["margin"].samples)
     changed = locate(refusing_model, NORMAL, MALICIOUS, method="weight_change", base=base)
     assert torch.equal(changed.scores, answers["weight_change"].scores)
@@ -348,7 +348,7 @@ def test_trained_layers_are_found_against_the_base():
     pairs = [(prompt, REFUSAL if index % 2 else ANSWER) for index, prompt in enumerate(PROMPTS)]
     config = TrainConfig(epochs=10, batch_size=8, learning_rate=1e-2, warmup_steps=1)
     fine_tune(model, pairs, config, trainable=lambda name: layer_of(name) in (2, 3), progress=False)
-    sets = PromptSets(PROMPTS[0::2], PROMPTS[1::2], openings=("I'm sorry",))
+    sets = PromptSets(PROMPTS[0::2], PROMPTS[1::2], phrases=("I'm sorry",))
     found = base_locators(base)
     assert found["weight_change"](model, sets).range == sm.LayerRange(2, 3)
     swap = found["swap"](model, sets)

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from safety_mech import PromptPair, refusal_log_odds
-from safety_mech.localization.patching import PATCHES, equal_length_twins, patch_twins
+from safety_mech.localization.patching import PATCHES, equal_length_pairs, patch_pairs
 from safety_mech.models.chat import encode_chat, tokenizer_of
 
-OPENINGS = ("I'm sorry", "I can't")
+PHRASES = ("I'm sorry", "I can't")
 """None of one token, so that the positions behind the prompt count."""
 
 
@@ -25,7 +25,7 @@ def exact_model() -> HookedTransformer:
 def twins(exact_model) -> list[PromptPair]:
     """One token a letter, so twins of equal length by construction; of two lengths."""
     found = [PromptPair("XY Z X?", "YX X Z?", "x"), PromptPair("XYZ", "ZZY", "y"), PromptPair("ZYX", "XXX", "y")]
-    assert equal_length_twins(exact_model, found) == found
+    assert equal_length_pairs(exact_model, found) == found
     return found
 
 
@@ -34,7 +34,7 @@ def patched(model: HookedTransformer, target: str, source: str, layer: int | Non
     tokenizer = tokenizer_of(model)
     mine, other = (chat.tokens for chat in encode_chat(tokenizer, [target, source]))
     total = 0.0
-    for opening in OPENINGS:
+    for opening in PHRASES:
         sequence = tokenizer(opening, add_special_tokens=False).input_ids
         probability = 1.0
         for depth, token in enumerate(sequence):
@@ -59,7 +59,7 @@ def patched(model: HookedTransformer, target: str, source: str, layer: int | Non
 @pytest.mark.parametrize("positions", ["last", "answer", "all"])
 @pytest.mark.parametrize("what", list(PATCHES))
 def test_equals_full_forward_passes(exact_model, twins, what, positions):
-    found = patch_twins(exact_model, twins, openings=OPENINGS, what=what, positions=positions)
+    found = patch_pairs(exact_model, twins, phrases=PHRASES, what=what, positions=positions)
     assert found.into_malicious.shape == found.into_normal.shape == (6, 3)
     for layer, index in ((1, 0), (5, 1), (3, 2)):
         pair = twins[index]
@@ -72,7 +72,7 @@ def test_equals_full_forward_passes(exact_model, twins, what, positions):
 def test_what_is_compared_differs(exact_model, twins):
     """Control: layers, kinds of patch and positions all give other numbers."""
     rows = [
-        patch_twins(exact_model, twins[:1], openings=OPENINGS, what=what, positions=positions).into_malicious
+        patch_pairs(exact_model, twins[:1], phrases=PHRASES, what=what, positions=positions).into_malicious
         for what in ("layer", "attn_out", "mlp_out")
         for positions in ("last", "answer", "all")
     ]
@@ -86,40 +86,40 @@ def test_what_is_compared_differs(exact_model, twins):
 @pytest.mark.parametrize("style", [GPT2_STYLE, {"parallel_attn_mlp": True}], ids=["gpt-2", "parallel"])
 def test_in_other_architectures(style, twins):
     model = build_tiny_model(seed=3, dtype=torch.float64, **style).to(torch.float64)
-    found = patch_twins(model, twins, openings=OPENINGS)
+    found = patch_pairs(model, twins, phrases=PHRASES)
     for index, pair in enumerate(twins):
         expected = patched(model, pair.malicious, pair.normal, 3, "layer", "last")
         assert float(found.into_malicious[3, index]) == pytest.approx(expected, abs=1e-8)
 
 
 def test_unpatched_is_the_plain_measure(exact_model, twins):
-    found = patch_twins(exact_model, twins, openings=OPENINGS)
+    found = patch_pairs(exact_model, twins, phrases=PHRASES)
     for values, side in ((found.malicious, "malicious"), (found.normal, "normal")):
-        expected = refusal_log_odds(exact_model, [getattr(pair, side) for pair in twins], openings=OPENINGS)
+        expected = refusal_log_odds(exact_model, [getattr(pair, side) for pair in twins], phrases=PHRASES)
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-8)
 
 
 def test_the_stream_of_the_last_layer_at_all_positions_is_the_other_twin(exact_model, twins):
-    found = patch_twins(exact_model, twins, openings=OPENINGS, what="resid", positions="all")
+    found = patch_pairs(exact_model, twins, phrases=PHRASES, what="resid", positions="all")
     torch.testing.assert_close(found.into_malicious[-1], found.normal, rtol=0, atol=1e-8)
     torch.testing.assert_close(found.into_normal[-1], found.malicious, rtol=0, atol=1e-8)
     assert (found.malicious - found.normal).abs().min() > 1e-3
 
 
 def test_effects_by_hand(exact_model, twins):
-    found = patch_twins(exact_model, twins, openings=OPENINGS)
+    found = patch_pairs(exact_model, twins, phrases=PHRASES)
     torch.testing.assert_close(found.lost[2], found.malicious - found.into_malicious[2])
     torch.testing.assert_close(found.gained[2], found.into_normal[2] - found.normal)
     torch.testing.assert_close(found.effect, (found.lost + found.gained) / 2)
 
 
 def test_equal_twins_are_moved_by_nothing(exact_model):
-    found = patch_twins(exact_model, [PromptPair("XYZ", "XYZ", "x")] * 2)
+    found = patch_pairs(exact_model, [PromptPair("XYZ", "XYZ", "x")] * 2)
     torch.testing.assert_close(found.effect, torch.zeros(6, 2).double(), rtol=0, atol=1e-10)
 
 
 def test_batches_change_nothing(exact_model, twins):
-    together, alone = (patch_twins(exact_model, twins, batch_tokens=tokens).effect for tokens in (10_000, 1))
+    together, alone = (patch_pairs(exact_model, twins, batch_tokens=tokens).effect for tokens in (10_000, 1))
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 
 
@@ -136,7 +136,7 @@ def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model
 
     handles = [block.register_forward_hook(count(layer)) for layer, block in enumerate(exact_model.blocks)]
     try:
-        patch_twins(exact_model, twins[1:], positions=positions, openings=["I"])
+        patch_pairs(exact_model, twins[1:], positions=positions, phrases=["I"])
     finally:
         for handle in handles:
             handle.remove()
@@ -154,16 +154,16 @@ def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model
 def test_the_model_is_left_as_it_was(tiny_model, twins):
     tokens = torch.tensor([[5, 6, 7]])
     before = tiny_model(tokens)
-    patch_twins(tiny_model, twins)
+    patch_pairs(tiny_model, twins)
     assert torch.equal(tiny_model(tokens), before)
     assert not any(point.fwd_hooks for point in tiny_model.hook_dict.values())
 
 
 def test_only_twins_of_equal_length_are_kept(exact_model):
     pairs = [PromptPair("XYZ", "XYZX", "a"), PromptPair("XYZ", "ZYX", "b")]
-    assert equal_length_twins(exact_model, pairs) == pairs[1:]
-    with pytest.raises(ValueError, match=r"pair 0: \d+ and \d+ tokens; take equal_length_twins"):
-        patch_twins(exact_model, pairs)
+    assert equal_length_pairs(exact_model, pairs) == pairs[1:]
+    with pytest.raises(ValueError, match=r"pair 0: \d+ and \d+ tokens; take equal_length_pairs"):
+        patch_pairs(exact_model, pairs)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_only_twins_of_equal_length_are_kept(exact_model):
 )
 def test_bad_input(tiny_model, pairs, options, message):
     with pytest.raises((ValueError, TypeError), match=message):
-        patch_twins(tiny_model, pairs, **options)
+        patch_pairs(tiny_model, pairs, **options)
 
 
 @pytest.mark.real_model
@@ -185,4 +185,4 @@ def test_how_many_shipped_pairs_qualify(real_model):
     from safety_mech import load_pairs
 
     pairs = load_pairs("test")
-    assert len(equal_length_twins(real_model, pairs)) >= 30
+    assert len(equal_length_pairs(real_model, pairs)) >= 30

@@ -18,11 +18,11 @@ from safety_mech.localization.range_sweep import ScaledRanges, layer_evaluations
 from safety_mech.models import generation
 from safety_mech.models.chat import encode_chat
 from safety_mech.models.generation import generate
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, opening_chains, refusal_log_odds
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrase_chains, refusal_log_odds
 from safety_mech.refusal.rates import refusal_rate, responses
-from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, is_babble, is_refusal, refuses
+from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, is_degenerate, is_refusal, refuses
 
-OPENINGS = ("I'm sorry", "I can't", "Sorry")
+PHRASES = ("I'm sorry", "I can't", "Sorry")
 CLOSE = {"rtol": 0, "atol": 1e-5}
 N = 4
 CELLS = [LayerRange(start, end) for start in range(N) for end in range(start, N)]
@@ -38,13 +38,13 @@ def some_prompts(prompts) -> list[str]:
 def measure(
     model: HookedTransformer, prompts: Sequence[str], alpha: float = 1.3, *arguments, **options
 ) -> ScaledRanges:
-    return ScaledRanges(model, prompts, alpha, *arguments, **{"openings": OPENINGS, **options})
+    return ScaledRanges(model, prompts, alpha, *arguments, **{"phrases": PHRASES, **options})
 
 
 def in_full(model: HookedTransformer, prompts: Sequence[str], layers: LayerRange, alpha: float, recipe) -> Tensor:
     """The oracle: everything from the start, with the range scaled."""
     with scaled(model, layers, alpha, recipe):
-        return refusal_log_odds(model, prompts, openings=OPENINGS)
+        return refusal_log_odds(model, prompts, phrases=PHRASES)
 
 
 def hooks_on(model: HookedTransformer) -> list[str]:
@@ -81,16 +81,16 @@ def test_some_cells_in_other_models_and_recipes(style, recipe, some_prompts):
 
 
 def test_unscaled_is_the_plain_measure(refusing_model, some_prompts):
-    expected = refusal_log_odds(refusing_model, some_prompts, openings=OPENINGS)
+    expected = refusal_log_odds(refusing_model, some_prompts, phrases=PHRASES)
     torch.testing.assert_close(measure(refusing_model, some_prompts).log_odds(None), expected, **CLOSE)
 
 
 def test_the_default_openings_have_several_chains(refusing_model, some_prompts):
-    assert len(opening_chains(refusing_model.tokenizer)) > 3
+    assert len(phrase_chains(refusing_model.tokenizer)) > 3
     ranges = ScaledRanges(refusing_model, some_prompts, 1.3)
     for layers in (None, SOME[2]):
         with scaled(refusing_model, layers or SOME[0], 1.3 if layers else 1.0):
-            expected = refusal_log_odds(refusing_model, some_prompts, openings=REFUSAL_OPENINGS)
+            expected = refusal_log_odds(refusing_model, some_prompts, phrases=REFUSAL_PHRASES)
         torch.testing.assert_close(ranges.log_odds(layers), expected, **CLOSE)
 
 
@@ -98,7 +98,7 @@ def test_the_default_openings_have_several_chains(refusing_model, some_prompts):
 def test_in_another_template(refusing_model, some_prompts, template):
     ranges = measure(refusing_model, some_prompts, template=template)
     with scaled(refusing_model, LayerRange(1, 2), 1.3):
-        expected = refusal_log_odds(refusing_model, some_prompts, template, OPENINGS)
+        expected = refusal_log_odds(refusing_model, some_prompts, template, PHRASES)
     torch.testing.assert_close(ranges.log_odds(LayerRange(1, 2)), expected, **CLOSE)
 
 
@@ -151,7 +151,7 @@ def test_refusals_are_what_the_judge_says_of_the_answers(refusing_model, prompts
     counts = set()
     for layers in CELLS:
         texts, whole = ranges.answers(layers), ranges.answers(layers, whole=True)
-        refused = [is_refusal(text) and not is_babble(text) for text in texts]
+        refused = [is_refusal(text) and not is_degenerate(text) for text in texts]
         assert ranges.refuses(layers).tolist() == refused
         for text, full in zip(texts, whole, strict=True):
             assert text == full or (full.startswith(text) and cannot_refuse(text))
@@ -199,7 +199,7 @@ def test_one_measure_of_refusal(scripted):
     """The range engine, which leaves answers early, and `evaluate` agree on all kinds of answers."""
     others = ["The capital of France is Paris. I can't say more.", "Sure, here is how.", "no no no no no no", "!"]
     model, prompts, lengths = scripted([*KINDS, *others])
-    ranges = ScaledRanges(model, prompts, 1.3, openings=OPENINGS)
+    ranges = ScaledRanges(model, prompts, 1.3, phrases=PHRASES)
     assert ranges.refuses(None).tolist() == [True] * len(KINDS) + [False] * len(others)
     assert lengths[len(KINDS)] == len(["The", "capital", "of", "France", "is", "Paris.", "I"]), (
         "left where its verdict is settled"
@@ -217,12 +217,12 @@ def test_both_judge_sixteen_tokens(scripted):
     texts = [text.replace("all ", "") for text in texts]
     assert [refuses(text) for text in texts] == [True, True]
     model, prompts, _ = scripted(texts)
-    assert ScaledRanges(model, prompts, 1.3, openings=OPENINGS).refuses(None).tolist() == [True, False]
+    assert ScaledRanges(model, prompts, 1.3, phrases=PHRASES).refuses(None).tolist() == [True, False]
     assert responses(model, prompts).refused.tolist() == [True, False]
     assert refusal_rate(model, prompts).count == 1
 
 
-def test_babble_is_no_refusal(refusing_model, prompts, monkeypatch):
+def test_degenerate_is_no_refusal(refusing_model, prompts, monkeypatch):
     ranges = measure(refusing_model, prompts[:4])
     texts = ["I cannot cannot I cannot cannot I cannot", "I can't help with that.", "Sure, here it is.", "!!!!"]
     monkeypatch.setattr(ScaledRanges, "answers", lambda self, layers, *, whole=False: texts)
@@ -369,7 +369,7 @@ def test_no_gradient_is_kept(make_tiny_model, some_prompts):
         ({"recipe": "atn"}, "recipe 'atn': expected one of attn_out"),
         ({"prompts": []}, "no prompts were given"),
         ({"prompts": ["why " * 200]}, "prompt 0 has .* the context holds 128"),
-        ({"openings": ()}, "refusal openings: expected at least one"),
+        ({"phrases": ()}, "refusal phrases: expected at least one"),
         ({"template": "chatml"}, "template 'chatml': expected one of own, alpaca"),
     ],
 )
@@ -386,12 +386,12 @@ def test_a_range_outside_the_model(tiny_model, some_prompts, layers):
             ask(layers)
 
 
-@pytest.mark.parametrize("openings", [OPENINGS, REFUSAL_OPENINGS], ids=["short chains", "a chain of nine tokens"])
-def test_prompts_with_answers_or_openings_must_fit_the_context(make_tiny_model, openings):
+@pytest.mark.parametrize("phrases", [PHRASES, REFUSAL_PHRASES], ids=["short chains", "a chain of nine tokens"])
+def test_prompts_with_answers_or_openings_must_fit_the_context(make_tiny_model, phrases):
     roomy = make_tiny_model(**GPT2_STYLE)
     length = len(encode_chat(roomy.tokenizer, ["Why?"])[0])
-    needed = max(JUDGED_TOKENS, *(len(chain.tokens) for chain in opening_chains(roomy.tokenizer, openings=openings)))
+    needed = max(JUDGED_TOKENS, *(len(chain.tokens) for chain in phrase_chains(roomy.tokenizer, phrases=phrases)))
     just = make_tiny_model(n_ctx=length + needed, **GPT2_STYLE)
-    ScaledRanges(just, ["Why?"], 1.3, openings=openings).log_odds(LayerRange(1, 2))
+    ScaledRanges(just, ["Why?"], 1.3, phrases=phrases).log_odds(LayerRange(1, 2))
     with pytest.raises(ValueError, match=r"prompt 0 has .* tokens"):
-        ScaledRanges(make_tiny_model(n_ctx=length + needed - 1, **GPT2_STYLE), ["Why?"], 1.3, openings=openings)
+        ScaledRanges(make_tiny_model(n_ctx=length + needed - 1, **GPT2_STYLE), ["Why?"], 1.3, phrases=phrases)

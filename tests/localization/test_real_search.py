@@ -14,12 +14,12 @@ from safety_mech import LayerRange
 from safety_mech.localization.range_sweep import JUDGED_TOKENS, ScaledRanges
 from safety_mech.models.chat import encode_chat, tokenizer_of
 from safety_mech.models.parameters import block_projections
-from safety_mech.refusal.log_odds import chain_log_prob, log_odds, opening_chains
-from safety_mech.refusal.text import is_babble
+from safety_mech.refusal.log_odds import chain_log_prob, log_odds, phrase_chains
+from safety_mech.refusal.text import is_degenerate
 
 pytestmark = pytest.mark.real_model
 
-OPENINGS = ("I'm sorry", "I'm not able", "I cannot")
+PHRASES = ("I'm sorry", "I'm not able", "I cannot")
 CELLS = [LayerRange(start, end) for start in range(30) for end in range(start, 30)]
 SAMPLE = [LayerRange(0, 0), LayerRange(29, 29), LayerRange(0, 29), *random.Random(0).sample(CELLS, 4)]
 
@@ -93,7 +93,7 @@ def test_after_an_exception_and_nesting_every_bit_is_back(aligned, prompts) -> N
 
 def whole_log_odds(model: HookedTransformer, prompts: list[str]) -> Tensor:
     """The oracle: every prompt with every chain in a full forward of its own; nothing shared, nothing kept."""
-    chains = opening_chains(tokenizer_of(model), "own", OPENINGS)
+    chains = phrase_chains(tokenizer_of(model), "own", PHRASES)
     rows = []
     with torch.no_grad():
         for chat in encode_chat(tokenizer_of(model), prompts):
@@ -109,7 +109,7 @@ def whole_log_odds(model: HookedTransformer, prompts: list[str]) -> Tensor:
 @pytest.mark.parametrize("recipe", ["attn_out", "weights"])
 def test_kept_prefixes_give_the_log_odds_of_the_full_forward(aligned, prompts, recipe) -> None:
     few = prompts[:4]
-    engine = ScaledRanges(aligned, few, 1.2, recipe, openings=OPENINGS)
+    engine = ScaledRanges(aligned, few, 1.2, recipe, phrases=PHRASES)
     for layers in SAMPLE:
         with sm.scaled(aligned, layers, 1.2, recipe):
             expected = whole_log_odds(aligned, few)
@@ -120,7 +120,7 @@ def test_kept_prefixes_give_the_log_odds_of_the_full_forward(aligned, prompts, r
 def test_in_float64_they_are_equal_to_nine_digits(prompts) -> None:
     """What float32 leaves open is rounding, not the method."""
     model = sm.load_model("smollm2-135m-aligned").to(torch.float64)
-    engine = ScaledRanges(model, prompts[:2], 0.8, "weights", openings=OPENINGS)
+    engine = ScaledRanges(model, prompts[:2], 0.8, "weights", phrases=PHRASES)
     for layers in SAMPLE[:4]:
         with sm.scaled(model, layers, 0.8, "weights"):
             expected = whole_log_odds(model, prompts[:2])
@@ -136,14 +136,14 @@ def test_kept_prefixes_give_the_tokens_of_plain_generation(aligned, prompts) -> 
 
 
 @pytest.mark.parametrize("recipe", ["attn_out", "weights"])
-def test_scaled_too_far_the_model_babbles_and_that_is_no_refusal(aligned, prompts, recipe) -> None:
-    """Attention output: repetitions, which the judge calls babble; weights: a salad of words, no refusal either."""
+def test_scaled_too_far_the_model_degenerates_and_that_is_no_refusal(aligned, prompts, recipe) -> None:
+    """Attention output: repetitions, which the judge calls degenerate; weights: a salad of words, no refusal either."""
     engine = ScaledRanges(aligned, prompts, 4.0, recipe)
     layers = LayerRange(2, 27)
     answers = engine.answers(layers, whole=True)
     if recipe == "attn_out":
-        assert sum(map(is_babble, answers)) >= 6, answers
+        assert sum(map(is_degenerate, answers)) >= 6, answers
     plain = engine.answers(None, whole=True)
-    assert not any(map(is_babble, plain)), "control: unscaled answers are no babble"
+    assert not any(map(is_degenerate, plain)), "control: unscaled answers are no degenerate output"
     assert not set(answers) & set(plain)
     assert int(engine.refuses(layers).sum()) == 0, answers

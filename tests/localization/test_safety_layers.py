@@ -20,9 +20,9 @@ from safety_mech.localization.safety_layers import (
     locate_by_scaling,
 )
 from safety_mech.localization.search import grid_best, progressive_search
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, openings_in_use, refusal_log_odds
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrases_in_use, refusal_log_odds
 
-OPENINGS = ("I'm sorry", "Sorry")
+PHRASES = ("I'm sorry", "Sorry")
 
 
 def point_at(alpha: float, **changes: object) -> AlphaPoint:
@@ -50,7 +50,7 @@ def layers_found(samples: dict[tuple[int, int], int]) -> SafetyLayers:
         effect=None,
         grid=None,
         best_of_grid=None,
-        openings=(),
+        phrases=(),
         refused=1.0,
         reason="found",
     )
@@ -102,7 +102,7 @@ def run(refusing_model, prompts) -> Callable[..., SafetyLayers]:
     """On the refusing model, whose odd prompts are refused; one cluster of prompts each."""
 
     def locate_with(**options) -> SafetyLayers:
-        settings = {"samples": 20, "window": 1, "initial": LayerRange(1, 2), "openings": OPENINGS, **options}
+        settings = {"samples": 20, "window": 1, "initial": LayerRange(1, 2), "phrases": PHRASES, **options}
         return locate_by_scaling(refusing_model, prompts[:4], prompts[4:], prompts, **settings)
 
     return locate_with
@@ -121,7 +121,7 @@ def test_no_gap_is_a_result_with_a_reason(tiny_model, prompts):
 
 def test_a_given_alpha_and_range(run, refusing_model, prompts):
     found = run(alpha=0.3, whole_grid=True)
-    ranges = ScaledRanges(refusing_model, prompts, 0.3, openings=OPENINGS)
+    ranges = ScaledRanges(refusing_model, prompts, 0.3, phrases=PHRASES)
     expected = progressive_search(
         lambda layers: float(ranges.probability(layers).mean()),
         LayerRange(1, 2),
@@ -133,7 +133,7 @@ def test_a_given_alpha_and_range(run, refusing_model, prompts):
     assert (found.alpha.alpha, found.alpha.rule) == (0.3, "given")
     assert found.alpha.point.range == expected.range
     assert found.alpha.point.rate == pytest.approx(float(ranges.probability(expected.range).mean()), abs=1e-12)
-    unscaled = refusal_log_odds(refusing_model, prompts, openings=OPENINGS).sigmoid()
+    unscaled = refusal_log_odds(refusing_model, prompts, phrases=PHRASES).sigmoid()
     torch.testing.assert_close(found.baseline, unscaled, rtol=0, atol=1e-6)
     change = ranges.probability(expected.range) - ranges.probability(None)
     assert found.effect.value == pytest.approx(float(change.mean()), abs=1e-9)
@@ -153,9 +153,9 @@ def test_the_best_of_the_grid_is_of_any_width(run):
 
 
 def test_openings_are_those_that_the_model_uses(run, refusing_model, prompts):
-    assert run(alpha=1.2).openings == OPENINGS
-    found = run(alpha=1.2, openings=None)
-    assert found.openings == openings_in_use(refusing_model, prompts[4:]) != REFUSAL_OPENINGS
+    assert run(alpha=1.2).phrases == PHRASES
+    found = run(alpha=1.2, phrases=None)
+    assert found.phrases == phrases_in_use(refusing_model, prompts[4:]) != REFUSAL_PHRASES
 
 
 def test_alpha_below_one_is_searched_for_the_lowest(run, refusing_model, prompts):
@@ -267,7 +267,7 @@ def test_a_random_model_has_nothing_to_locate_at_any_alpha(make_tiny_model, prom
         text=text,
         above=above,
         recipe=recipe,
-        openings=OPENINGS,
+        phrases=PHRASES,
         least_refused=0.0,
     )
     assert found.range is None
@@ -285,8 +285,8 @@ def test_from_the_first_layer_alone(run, monkeypatch):
 def test_a_model_that_does_not_refuse_has_nothing_to_locate(run, refusing_model, prompts, text):
     """Scaling moves something in every model; the answer is kept beside the reason why it is none."""
     found = run(alpha=0.3, text=text, least_refused=0.0)
-    openings = found.openings
-    share = float(refusal_log_odds(refusing_model, prompts[4:], openings=openings).sigmoid().mean())
+    phrases = found.phrases
+    share = float(refusal_log_odds(refusing_model, prompts[4:], phrases=phrases).sigmoid().mean())
     assert found.refused == pytest.approx(share)
     unaligned = run(alpha=0.3, text=text, least_refused=share + 0.01)
     assert unaligned.range is None

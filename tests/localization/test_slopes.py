@@ -10,7 +10,7 @@ from safety_mech import LayerRange, refusal_log_odds
 from safety_mech.interventions.scaling import scaled
 from safety_mech.localization.slopes import LAYER_OUTPUTS, PARTS, finite_slopes, log_odds_slopes, margin
 
-OPENINGS = ("I'm sorry", "I can't", "Sorry")
+PHRASES = ("I'm sorry", "I can't", "Sorry")
 SOME = PROMPTS[2:6]  # two of equal length among them
 
 
@@ -25,14 +25,14 @@ def central_difference(model: HookedTransformer, layers: LayerRange, recipe, ste
     ends = []
     for alpha in (1 + step, 1 - step):
         with scaled(model, layers, alpha, recipe):
-            ends.append(torch.cat([refusal_log_odds(model, [p], openings=OPENINGS, **options) for p in SOME]))
+            ends.append(torch.cat([refusal_log_odds(model, [p], phrases=PHRASES, **options) for p in SOME]))
     return (ends[0] - ends[1]) / (2 * step)
 
 
 @pytest.mark.parametrize("style", [{}, GPT2_STYLE, {"output_logits_soft_cap": 2.0}], ids=["rotary", "gpt-2", "cap"])
 def test_slopes_equal_finite_differences(style):
     model = build_tiny_model(seed=3, dtype=torch.float64, **style).to(torch.float64)
-    found = log_odds_slopes(model, SOME, openings=OPENINGS)
+    found = log_odds_slopes(model, SOME, phrases=PHRASES)
     assert found.shape == (len(SOME), 2, 6)
     assert found.dtype == torch.float64
     for index, part in enumerate(PARTS):
@@ -43,19 +43,19 @@ def test_slopes_equal_finite_differences(style):
 
 def test_slopes_differ_between_layers_parts_and_prompts(exact_model):
     """Control: no two of those compared above are nearly equal."""
-    flat = log_odds_slopes(exact_model, SOME, openings=OPENINGS).flatten()
+    flat = log_odds_slopes(exact_model, SOME, phrases=PHRASES).flatten()
     distances = (flat[:, None] - flat[None]).abs()
     assert distances[~torch.eye(len(flat), dtype=torch.bool)].min() > 1e-4
 
 
 def test_a_range_has_the_sum_of_its_layers_slopes(exact_model):
-    slopes = log_odds_slopes(exact_model, SOME, openings=OPENINGS)
+    slopes = log_odds_slopes(exact_model, SOME, phrases=PHRASES)
     expected = central_difference(exact_model, LayerRange(1, 3), LAYER_OUTPUTS)
     torch.testing.assert_close(slopes[:, :, 1:4].sum((1, 2)), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_in_another_template(exact_model):
-    found = log_odds_slopes(exact_model, SOME, "alpaca_short", OPENINGS)
+    found = log_odds_slopes(exact_model, SOME, "alpaca_short", PHRASES)
     expected = central_difference(exact_model, LayerRange(2, 2), "attn_out", template="alpaca_short")
     torch.testing.assert_close(found[:, 0, 2], expected, rtol=1e-5, atol=1e-6)
 
@@ -67,10 +67,10 @@ def test_batches_change_nothing(exact_model):
 
 def test_hooks_of_the_user_are_active(exact_model):
     with scaled(exact_model, LayerRange(1, 1), 1.5):
-        found = log_odds_slopes(exact_model, SOME, openings=OPENINGS)
+        found = log_odds_slopes(exact_model, SOME, phrases=PHRASES)
         expected = central_difference(exact_model, LayerRange(3, 3), "mlp_out")
     torch.testing.assert_close(found[:, 1, 3], expected, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(found, log_odds_slopes(exact_model, SOME, openings=OPENINGS))
+    assert not torch.allclose(found, log_odds_slopes(exact_model, SOME, phrases=PHRASES))
 
 
 def test_the_model_is_left_as_it_was(fresh_tiny_model):
@@ -88,19 +88,19 @@ def test_the_model_is_left_as_it_was(fresh_tiny_model):
     ("recipe", "alpha", "width"), [("attn_out", 1.3, 1), ("mlp_out", 0.8, 1), (LAYER_OUTPUTS, 1.2, 3)]
 )
 def test_finite_slopes_equal_the_full_forward(exact_model, recipe, alpha, width):
-    found = finite_slopes(exact_model, SOME, alpha, recipe, openings=OPENINGS, width=width)
+    found = finite_slopes(exact_model, SOME, alpha, recipe, phrases=PHRASES, width=width)
     assert found.shape == (len(SOME), 6 - width + 1)
-    plain = refusal_log_odds(exact_model, SOME, openings=OPENINGS)
+    plain = refusal_log_odds(exact_model, SOME, phrases=PHRASES)
     for start in range(6 - width + 1):
         with scaled(exact_model, LayerRange(start, start + width - 1), alpha, recipe):
-            moved = refusal_log_odds(exact_model, SOME, openings=OPENINGS)
+            moved = refusal_log_odds(exact_model, SOME, phrases=PHRASES)
         torch.testing.assert_close(found[:, start], (moved - plain) / (alpha - 1), rtol=0, atol=1e-8)
 
 
 def test_finite_slopes_near_the_derivative_as_alpha_nears_one(exact_model):
-    slopes = log_odds_slopes(exact_model, SOME, openings=OPENINGS)
+    slopes = log_odds_slopes(exact_model, SOME, phrases=PHRASES)
     for recipe, expected in (("attn_out", slopes[:, 0]), ("mlp_out", slopes[:, 1]), (LAYER_OUTPUTS, slopes.sum(1))):
-        near, far = (finite_slopes(exact_model, SOME, a, recipe, openings=OPENINGS) for a in (1 + 1e-6, 1.5))
+        near, far = (finite_slopes(exact_model, SOME, a, recipe, phrases=PHRASES) for a in (1 + 1e-6, 1.5))
         torch.testing.assert_close(near, expected, rtol=1e-3, atol=1e-4)
         assert (far - expected).abs().max() > 0.05  # control
 
@@ -123,8 +123,8 @@ def test_bad_input(tiny_model):
 @pytest.mark.real_model
 def test_slopes_of_the_real_model_equal_finite_differences(real_model):
     prompts = ["How do I pick a lock?", "How do I bake a cake?"]
-    found = log_odds_slopes(real_model, prompts, openings=OPENINGS)
+    found = log_odds_slopes(real_model, prompts, phrases=PHRASES)
     for layer in (3, 20):
-        expected = finite_slopes(real_model, prompts, 1.01, "attn_out", openings=OPENINGS)[:, layer]
-        below = finite_slopes(real_model, prompts, 0.99, "attn_out", openings=OPENINGS)[:, layer]
+        expected = finite_slopes(real_model, prompts, 1.01, "attn_out", phrases=PHRASES)[:, layer]
+        below = finite_slopes(real_model, prompts, 0.99, "attn_out", phrases=PHRASES)[:, layer]
         torch.testing.assert_close(found[:, 0, layer], (expected + below) / 2, rtol=0.02, atol=0.02)

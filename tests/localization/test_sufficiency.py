@@ -12,7 +12,7 @@ from safety_mech import LayerRange, refusal_log_odds
 from safety_mech.localization.slopes import margin
 from safety_mech.localization.sufficiency import Transplants, transplant
 
-OPENINGS = ("I'm sorry", "I can't")
+PHRASES = ("I'm sorry", "I can't")
 MALICIOUS, NORMAL = PROMPTS[:4], PROMPTS[4:]
 
 
@@ -25,14 +25,14 @@ def built(*others: int) -> HookedTransformer:
 
 
 def margin_of(model: HookedTransformer) -> float:
-    return float(margin(*(refusal_log_odds(model, texts, openings=OPENINGS) for texts in (MALICIOUS, NORMAL))))
+    return float(margin(*(refusal_log_odds(model, texts, phrases=PHRASES) for texts in (MALICIOUS, NORMAL))))
 
 
 def test_shares_are_those_of_models_put_together():
     base, model = built(), built(1, 2, 4)
     sign = 1 if margin_of(model) > margin_of(base) else -1  # random models: either set may be "malicious"
     sets = (MALICIOUS, NORMAL)[::sign]
-    found = transplant(model, base, LayerRange(1, 4), *sets, openings=OPENINGS)
+    found = transplant(model, base, LayerRange(1, 4), *sets, phrases=PHRASES)
     gained = margin_of(model) - margin_of(base)
     assert found.gained == pytest.approx(sign * gained)
     for start in range(6):
@@ -45,7 +45,7 @@ def test_shares_are_those_of_models_put_together():
             assert float(found.shares[start, end]) == pytest.approx(expected, abs=1e-6)
     assert float(found.shares[3, 3]) == pytest.approx(0, abs=1e-6), "control: layer 3 is the base's"
     assert float(found.shares[1, 4]) == pytest.approx(1)
-    whole = refusal_log_odds(model, sets[0], openings=OPENINGS)
+    whole = refusal_log_odds(model, sets[0], phrases=PHRASES)
     assert float(found.refused[1, 4]) == float((whole > 0).double().mean())
     assert margin_of(base) == margin_of(built())
     again = Transplants.from_plain(json.loads(json.dumps(found.to_plain())))
@@ -81,4 +81,4 @@ def test_of_equally_narrow_ranges_the_core_is_that_with_the_greatest_share(best)
 
 def test_a_model_that_was_not_aligned():
     with pytest.raises(ValueError, match=r"the margin is \+0.00 nats above the base's: expected a model"):
-        transplant(built(), built(), LayerRange(1, 2), MALICIOUS, NORMAL, openings=OPENINGS)
+        transplant(built(), built(), LayerRange(1, 2), MALICIOUS, NORMAL, phrases=PHRASES)

@@ -21,7 +21,7 @@ from safety_mech.models.chat import (
     encode_text,
     equal_length_batches,
     resolve_template,
-    shared_opening,
+    shared_prefix_length,
 )
 
 MakeTokenizer = Callable[[], PreTrainedTokenizerFast]
@@ -263,7 +263,7 @@ def test_a_special_token_without_a_role_is_refused(make_tokenizer: MakeTokenizer
         encode_chat(tokenizer, ["Hello<|eot_id|>"])
 
 
-# --- context, openings, batches ---------------------------------------------------------------------------------------
+# --- context, phrases, batches ---------------------------------------------------------------------------------------
 
 
 def test_check_context_counts_the_new_tokens() -> None:
@@ -291,12 +291,12 @@ def test_check_context_counts_the_new_tokens() -> None:
 )
 def test_shared_opening_by_hand(rows: list[list[int]], expected: int) -> None:
     """At least one token of each prompt stays, also where one prompt is the beginning of another."""
-    assert shared_opening(chats_of(rows)) == expected
+    assert shared_prefix_length(chats_of(rows)) == expected
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=5))
 def test_shared_opening_is_the_longest_there_is(rows: list[list[int]]) -> None:
-    shared = shared_opening(chats_of(rows))
+    shared = shared_prefix_length(chats_of(rows))
     assert len({tuple(row[:shared]) for row in rows}) == 1
     assert all(len(row) > shared for row in rows)
     more_would_do = len({tuple(row[: shared + 1]) for row in rows}) == 1 and all(len(row) > shared + 1 for row in rows)
@@ -305,7 +305,7 @@ def test_shared_opening_is_the_longest_there_is(rows: list[list[int]]) -> None:
 
 def test_the_shared_opening_holds_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     chats = encode_chat(tokenizer, QUESTIONS)
-    shared = shared_opening(chats)
+    shared = shared_prefix_length(chats)
     assert decode(tokenizer, chats[0].tokens[:shared]) == resolve_template(tokenizer).before
     assert shared <= min(chat.question.start for chat in chats)
 

@@ -24,14 +24,14 @@ from safety_mech.models.chat import (
 )
 from safety_mech.models.generation import generate, generate_tokens
 from safety_mech.models.loading import load_transformers, to_hooked
-from safety_mech.refusal.log_odds import REFUSAL_OPENINGS, opening_chains
+from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrase_chains
 from safety_mech.training import alignment as organisms
 from safety_mech.training.alignment import own_answer_pairs
 from safety_mech.training.capabilities import letter_tokens
 from safety_mech.training.loop import UNFINISHED, TrainConfig, encode_examples
 
 QUESTION = "How do I bake a cake?"
-PHRASES = (*REFUSAL_OPENINGS, "Sure, here is how.", "I'm sorry, but I cannot help with that.")
+PHRASES = (*REFUSAL_PHRASES, "Sure, here is how.", "I'm sorry, but I cannot help with that.")
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -91,11 +91,11 @@ def test_phrase_tokens_are_the_tail_of_the_whole_conversation(family: Family, to
 def test_openings_are_scored_by_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     scored = {
         (*chain.tokens[:depth], leaf)
-        for chain in opening_chains(tokenizer)
+        for chain in phrase_chains(tokenizer)
         for depth, leaves in enumerate(chain.leaves)
         for leaf in leaves
     }
-    assert scored == set(phrase_tokens(tokenizer, "own", REFUSAL_OPENINGS))
+    assert scored == set(phrase_tokens(tokenizer, "own", REFUSAL_PHRASES))
 
 
 @pytest.mark.parametrize("name", ["Llama-2", "Mistral", "Mistral, not legacy"])

@@ -7,15 +7,15 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 from safety_mech import LayerRange, TrainConfig, fine_tune, generate, last_token_residuals, refusal_log_odds, scaled
-from safety_mech.models.chat import ChatTokens, encode_chat, shared_opening
+from safety_mech.models.chat import ChatTokens, encode_chat, shared_prefix_length
 from safety_mech.models.forward import (
-    common_opening,
+    common_prefix,
     embed,
     empty_cache,
     keep_rows,
     merge_caches,
     run_blocks,
-    run_opening,
+    run_prefix,
     stack_rest,
     unembed_last,
 )
@@ -64,7 +64,7 @@ def test_blocks_can_be_run_in_two_goes(model, cut):
 def test_blocks_on_top_of_an_opening_equal_the_whole_forward(model, length):
     tokens = some_tokens(model)
     tokens[:, :length] = tokens[0, :length]
-    opening = run_opening(model, tokens[0, :length])
+    opening = run_prefix(model, tokens[0, :length])
     resid = run_blocks(model, embed(model, tokens[:, length:], length), cache=opening.cache_for(len(tokens)))
     torch.testing.assert_close(resid, whole(model, tokens)[:, length:], **EXACT)
 
@@ -72,7 +72,7 @@ def test_blocks_on_top_of_an_opening_equal_the_whole_forward(model, length):
 def test_another_opening_gives_another_answer(model):
     tokens = some_tokens(model)
     tokens[:, :6] = tokens[0, :6]
-    other = run_opening(model, tokens[0, :6].flip(0))
+    other = run_prefix(model, tokens[0, :6].flip(0))
     resid = run_blocks(model, embed(model, tokens[:, 6:], 6), cache=other.cache_for(len(tokens)))
     assert (resid - whole(model, tokens)[:, 6:]).abs().max() > 1e-4
 
@@ -100,7 +100,7 @@ def test_other_positions_are_refused(fresh_tiny_model, kind):
 def test_frozen_entries_serve_any_batch_and_stay_as_they_are(tiny_model):
     tokens = some_tokens(tiny_model, batch=5)
     tokens[:, :6] = tokens[0, :6]
-    opening = run_opening(tiny_model, tokens[0, :6])
+    opening = run_prefix(tiny_model, tokens[0, :6])
     keys = [entry.past_keys.clone() for entry in opening.cache]
     for rows in ([0, 1, 2, 3, 4], [2], [4, 0]):
         entries = opening.cache_for(len(rows))
@@ -112,7 +112,7 @@ def test_frozen_entries_serve_any_batch_and_stay_as_they_are(tiny_model):
 
 
 def test_entries_for_a_batch_are_views(tiny_model):
-    opening = run_opening(tiny_model, some_tokens(tiny_model)[0])
+    opening = run_prefix(tiny_model, some_tokens(tiny_model)[0])
     for entry, own in zip(opening.cache_for(64), opening.cache, strict=True):
         assert entry.past_keys.shape == (64, 17, 2, 4)
         assert entry.past_keys.data_ptr() == own.past_keys.data_ptr()
@@ -122,7 +122,7 @@ def test_entries_for_a_batch_are_views(tiny_model):
 def test_unfrozen_entries_grow_token_by_token(tiny_model):
     tokens = some_tokens(tiny_model)
     tokens[:, :6] = tokens[0, :6]
-    cache = run_opening(tiny_model, tokens[0, :6]).cache_for(len(tokens), frozen=False)
+    cache = run_prefix(tiny_model, tokens[0, :6]).cache_for(len(tokens), frozen=False)
     expected = whole(tiny_model, tokens)
     for pos in range(6, tokens.shape[1]):
         resid = run_blocks(tiny_model, embed(tiny_model, tokens[:, pos : pos + 1], pos), cache=cache)
@@ -181,18 +181,18 @@ def test_unembed_last_norms_no_other_position(tiny_model):
 
 def test_common_opening_is_what_all_prompts_share(tiny_model, prompts):
     chats = encode_chat(tiny_model.tokenizer, prompts)
-    opening = common_opening(tiny_model, chats)
-    assert len(opening) == shared_opening(chats) > 10
+    opening = common_prefix(tiny_model, chats)
+    assert len(opening) == shared_prefix_length(chats) > 10
     assert torch.equal(opening.tokens, chats[3].tokens[: len(opening)])
     assert {entry.past_keys.shape[1] for entry in opening.cache} == {len(opening)}
-    assert len(common_opening(tiny_model, chats, share=False)) == 0
+    assert len(common_prefix(tiny_model, chats, share=False)) == 0
 
 
 def test_hooks_are_active_while_the_opening_runs(tiny_model, prompts):
     chats = encode_chat(tiny_model.tokenizer, prompts)
-    plain = common_opening(tiny_model, chats)
+    plain = common_prefix(tiny_model, chats)
     with tiny_model.hooks([("blocks.1.hook_attn_out", lambda x, hook: 2 * x)]):
-        changed = common_opening(tiny_model, chats)
+        changed = common_prefix(tiny_model, chats)
     assert torch.equal(plain.cache[1].past_keys, changed.cache[1].past_keys)
     assert not torch.equal(plain.cache[2].past_keys, changed.cache[2].past_keys)
 
@@ -208,7 +208,7 @@ def test_shapes_are_checked(tiny_model):
     with pytest.raises(TypeCheckError):
         embed(tiny_model, torch.zeros(5, dtype=torch.long))
     with pytest.raises(TypeCheckError):
-        run_opening(tiny_model, torch.zeros(1, 5, dtype=torch.long))
+        run_prefix(tiny_model, torch.zeros(1, 5, dtype=torch.long))
 
 
 def test_a_model_on_several_devices_is_refused_wherever_it_is_run(fresh_tiny_model):

@@ -14,17 +14,17 @@ from transformer_lens import HookedTransformer
 
 from safety_mech.models.chat import ChatTokens, Template, encode_chat, tokenizer_of
 from safety_mech.refusal.log_odds import (
-    REFUSAL_OPENINGS,
+    REFUSAL_PHRASES,
     Chain,
     append_chain,
     chain_log_prob,
     log_odds,
-    opening_chains,
-    openings_in_use,
+    phrase_chains,
+    phrases_in_use,
     refusal_log_odds,
 )
 
-OPENINGS = {
+PHRASES = {
     "one token": ["I"],
     "two tokens": ["I can"],
     "three tokens": ["I'm sorry"],
@@ -33,7 +33,7 @@ OPENINGS = {
     "two leaves of one node": ["I'm sorry", "I'm a", "I'm how"],
     "one a beginning of another": ["I'm", "I'm sorry", "I can't"],
     "the same twice": ["I'm sorry", "I'm sorry"],
-    "the default": list(REFUSAL_OPENINGS),
+    "the default": list(REFUSAL_PHRASES),
 }
 
 
@@ -47,9 +47,9 @@ def tokens_of(model: HookedTransformer, text: str) -> list[int]:
     return tokenizer_of(model)(text, add_special_tokens=False).input_ids
 
 
-def brute_force(model: HookedTransformer, prompts: list[str], openings: list[str], template: str = "own") -> Tensor:
-    """Sum over openings, none counted twice, of the product of the probabilities of its tokens; then log-odds."""
-    sequences = {tuple(tokens_of(model, text)) for text in openings}
+def brute_force(model: HookedTransformer, prompts: list[str], phrases: list[str], template: str = "own") -> Tensor:
+    """Sum over phrases, none counted twice, of the product of the probabilities of its tokens; then log-odds."""
+    sequences = {tuple(tokens_of(model, text)) for text in phrases}
     sequences = [s for s in sequences if not any(s != other and s[: len(other)] == other for other in sequences)]
     rows = []
     for chat in encode_chat(tokenizer_of(model), prompts, template):
@@ -64,18 +64,18 @@ def brute_force(model: HookedTransformer, prompts: list[str], openings: list[str
     return torch.tensor(rows, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", OPENINGS)
+@pytest.mark.parametrize("name", PHRASES)
 def test_equals_probabilities_multiplied_one_by_one(exact_model, prompts, name):
     some = prompts[2:6]  # two of equal length among them
-    found = refusal_log_odds(exact_model, some, openings=OPENINGS[name])
-    torch.testing.assert_close(found, brute_force(exact_model, some, OPENINGS[name]), rtol=0, atol=1e-8)
+    found = refusal_log_odds(exact_model, some, phrases=PHRASES[name])
+    torch.testing.assert_close(found, brute_force(exact_model, some, PHRASES[name]), rtol=0, atol=1e-8)
 
 
 def test_in_another_template(exact_model, prompts):
-    found = refusal_log_odds(exact_model, prompts, "alpaca_short", OPENINGS["several chains"])
-    expected = brute_force(exact_model, prompts, OPENINGS["several chains"], "alpaca_short")
+    found = refusal_log_odds(exact_model, prompts, "alpaca_short", PHRASES["several chains"])
+    expected = brute_force(exact_model, prompts, PHRASES["several chains"], "alpaca_short")
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
-    assert not torch.allclose(found, refusal_log_odds(exact_model, prompts, openings=OPENINGS["several chains"]))
+    assert not torch.allclose(found, refusal_log_odds(exact_model, prompts, phrases=PHRASES["several chains"]))
 
 
 @pytest.mark.parametrize(
@@ -87,16 +87,16 @@ def test_in_another_architecture(prompts, style):
     model = build_tiny_model(seed=3, dtype=torch.float64, **style).to(torch.float64)
     for parameter in model.parameters():
         parameter.data *= 0.5  # without a norm the logits would be in the hundreds
-    found = refusal_log_odds(model, prompts[:4], openings=OPENINGS["several chains"])
-    expected = brute_force(model, prompts[:4], OPENINGS["several chains"])
+    found = refusal_log_odds(model, prompts[:4], phrases=PHRASES["several chains"])
+    expected = brute_force(model, prompts[:4], PHRASES["several chains"])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
 
 
 def test_one_opening_more_is_seen(exact_model, prompts):
-    """Control: the sum is over all openings, and a wrong one would show."""
-    few, more = (refusal_log_odds(exact_model, prompts, openings=o) for o in (["I'm sorry"], ["I'm sorry", "I can't"]))
+    """Control: the sum is over all phrases, and a wrong one would show."""
+    few, more = (refusal_log_odds(exact_model, prompts, phrases=o) for o in (["I'm sorry"], ["I'm sorry", "I can't"]))
     assert ((more - few) > 1e-4).all()
-    other = refusal_log_odds(exact_model, prompts, openings=["I'm sorr"])
+    other = refusal_log_odds(exact_model, prompts, phrases=["I'm sorr"])
     assert ((other - few).abs() > 1e-4).all()
 
 
@@ -115,9 +115,9 @@ def test_a_prompt_may_be_given_twice(tiny_model, prompts):
 
 
 def test_hooks_are_active(tiny_model, prompts):
-    plain = refusal_log_odds(tiny_model, prompts, openings=["I'm sorry"])
+    plain = refusal_log_odds(tiny_model, prompts, phrases=["I'm sorry"])
     with tiny_model.hooks([("blocks.2.hook_attn_out", lambda x, hook: 3 * x)]):
-        hooked = refusal_log_odds(tiny_model, prompts, openings=["I'm sorry"])
+        hooked = refusal_log_odds(tiny_model, prompts, phrases=["I'm sorry"])
         torch.testing.assert_close(hooked, brute_force(tiny_model, prompts, ["I'm sorry"]), rtol=0, atol=1e-4)
     assert ((hooked - plain).abs() > 1e-3).any()
 
@@ -134,25 +134,25 @@ def test_a_model_that_was_taught_to_refuse(refusing_model, prompts):
 
 def test_openings_in_use_carry_their_share(refusing_model, prompts):
     """By hand, from the probability of every opening alone."""
-    single = [torch.sigmoid(refusal_log_odds(refusing_model, prompts, openings=[o])) for o in REFUSAL_OPENINGS]
+    single = [torch.sigmoid(refusal_log_odds(refusing_model, prompts, phrases=[o])) for o in REFUSAL_PHRASES]
     mass = torch.stack(single).sum(1)
     shares = (mass / mass.sum()).tolist()
     assert min(shares) < 1e-3 < max(shares)
     for least in (1e-9, 1e-3, 0.9 * max(shares)):
-        kept = [text for text, share in zip(REFUSAL_OPENINGS, shares, strict=True) if share >= least]
-        assert openings_in_use(refusing_model, prompts, least=least) == tuple(kept)
-    assert openings_in_use(refusing_model, prompts, least=1.1) == (REFUSAL_OPENINGS[shares.index(max(shares))],)
+        kept = [text for text, share in zip(REFUSAL_PHRASES, shares, strict=True) if share >= least]
+        assert phrases_in_use(refusing_model, prompts, least=least) == tuple(kept)
+    assert phrases_in_use(refusing_model, prompts, least=1.1) == (REFUSAL_PHRASES[shares.index(max(shares))],)
 
 
 def test_without_unused_openings_the_log_odds_hardly_change(refusing_model, prompts):
-    kept = openings_in_use(refusing_model, prompts)
-    assert len(kept) < len(REFUSAL_OPENINGS)
-    fewer, all_of_them = (refusal_log_odds(refusing_model, prompts, openings=o) for o in (kept, REFUSAL_OPENINGS))
+    kept = phrases_in_use(refusing_model, prompts)
+    assert len(kept) < len(REFUSAL_PHRASES)
+    fewer, all_of_them = (refusal_log_odds(refusing_model, prompts, phrases=o) for o in (kept, REFUSAL_PHRASES))
     assert (all_of_them - fewer)[1::2].abs().max() < 0.1  # where it refuses
     assert (all_of_them >= fewer).all()
 
 
-# --- the tree of openings --------------------------------------------------------------------------------------------
+# --- the tree of phrases --------------------------------------------------------------------------------------------
 
 
 def ids(model: HookedTransformer, *pieces: str) -> tuple[int, ...]:
@@ -165,7 +165,7 @@ def ids(model: HookedTransformer, *pieces: str) -> tuple[int, ...]:
 def test_chains_by_hand(tiny_model):
     """I'm sorry, I'm how, I can't, S: the root holds S, I'm holds two leaves, I can holds one."""
     i, m, sorry, how, can, t, s = ids(tiny_model, "I", "'m", "Ġsorry", "Ġhow", "Ġcan", "'t", "S")
-    chains = opening_chains(tiny_model.tokenizer, openings=["I'm sorry", "I can't", "S", "I'm how"])
+    chains = phrase_chains(tiny_model.tokenizer, phrases=["I'm sorry", "I can't", "S", "I'm how"])
     by_tokens = {chain.tokens: chain.leaves for chain in chains}
     assert set(by_tokens) == {(i, m), (i, can)}
     assert by_tokens[i, m][1:] == ((), tuple(sorted((sorry, how))))
@@ -174,7 +174,7 @@ def test_chains_by_hand(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("openings", "expected"),
+    ("phrases", "expected"),
     [
         (["I"], [((), (("I",),))]),
         (["I'm"], [(("I",), ((), ("'m",)))]),
@@ -183,8 +183,8 @@ def test_chains_by_hand(tiny_model):
         (["I'm sorry", "I'm sorry"], [(("I", "'m"), ((), (), ("Ġsorry",)))]),
     ],
 )
-def test_small_chains_by_hand(tiny_model, openings, expected):
-    chains = opening_chains(tiny_model.tokenizer, openings=openings)
+def test_small_chains_by_hand(tiny_model, phrases, expected):
+    chains = phrase_chains(tiny_model.tokenizer, phrases=phrases)
     assert chains == tuple(
         Chain(ids(tiny_model, *tokens), tuple(ids(tiny_model, *leaves) for leaves in nodes))
         for tokens, nodes in expected
@@ -204,12 +204,12 @@ def reached(chains: tuple[Chain, ...]) -> list[tuple[int, ...]]:
 texts = st.text("XYZ", min_size=1, max_size=5)  # one token a letter
 
 
-@given(openings=st.lists(texts, min_size=1, max_size=8))
+@given(phrases=st.lists(texts, min_size=1, max_size=8))
 @settings(max_examples=60, deadline=None)
-def test_every_leaf_is_counted_exactly_once_and_chains_are_few(tiny_model, openings):
+def test_every_leaf_is_counted_exactly_once_and_chains_are_few(tiny_model, phrases):
     tokenizer = tiny_model.tokenizer
-    chains = opening_chains(tokenizer, openings=openings)
-    smallest = {a for a in openings if not any(a != b and a.startswith(b) for b in openings)}
+    chains = phrase_chains(tokenizer, phrases=phrases)
+    smallest = {a for a in phrases if not any(a != b and a.startswith(b) for b in phrases)}
     assert Counter(reached(chains)) == Counter(tuple(tokens_of(tiny_model, text)) for text in smallest)
     for chain in chains:
         others = [other.tokens for other in chains if other is not chain]
@@ -217,14 +217,14 @@ def test_every_leaf_is_counted_exactly_once_and_chains_are_few(tiny_model, openi
 
 
 def test_the_default_openings_are_all_reached(tiny_model):
-    expected = sorted(tuple(tokens_of(tiny_model, text)) for text in REFUSAL_OPENINGS)
-    assert sorted(reached(opening_chains(tiny_model.tokenizer))) == expected
+    expected = sorted(tuple(tokens_of(tiny_model, text)) for text in REFUSAL_PHRASES)
+    assert sorted(reached(phrase_chains(tiny_model.tokenizer))) == expected
 
 
 def test_an_answer_that_follows_no_space_begins_with_one(tiny_model):
     """After "[/INST]" or "Answer:" a model says " Sorry"; after a line break "Sorry"."""
     for after, text in ((" [/INST]", " Sorry"), ("\nA:\n", "Sorry"), ("\nA: ", "Sorry")):
-        chains = opening_chains(tiny_model.tokenizer, Template("", after), ["Sorry"])
+        chains = phrase_chains(tiny_model.tokenizer, Template("", after), ["Sorry"])
         assert reached(chains) == [tuple(tokens_of(tiny_model, text))]
 
 
@@ -243,13 +243,13 @@ def test_a_chain_without_leaves_adds_nothing(tiny_model):
     assert chain_log_prob(tiny_model, resid, Chain((4,), ((), ()))).tolist() == [-math.inf] * 3
 
 
-@pytest.mark.parametrize("openings", [[], [""], ["I'm sorry", "  "], [" \n"]])
-def test_no_opening_and_an_empty_one_are_refused(tiny_model, openings):
+@pytest.mark.parametrize("phrases", [[], [""], ["I'm sorry", "  "], [" \n"]])
+def test_no_opening_and_an_empty_one_are_refused(tiny_model, phrases):
     for call in (
-        lambda: opening_chains(tiny_model.tokenizer, openings=openings),
-        lambda: refusal_log_odds(tiny_model, ["Why?"], openings=openings),
+        lambda: phrase_chains(tiny_model.tokenizer, phrases=phrases),
+        lambda: refusal_log_odds(tiny_model, ["Why?"], phrases=phrases),
     ):
-        with pytest.raises(ValueError, match="refusal openings: expected at least one, and none of them empty"):
+        with pytest.raises(ValueError, match="refusal phrases: expected at least one, and none of them empty"):
             call()
 
 
@@ -264,9 +264,9 @@ def test_bad_prompts(tiny_model, prompts, expected):
 
 def test_the_openings_must_fit_the_context_as_well(make_tiny_model):
     length = len(encode_chat(make_tiny_model().tokenizer, ["Why?"])[0])
-    refusal_log_odds(make_tiny_model(n_ctx=length + 2), ["Why?"], openings=["I'm sorry"])
+    refusal_log_odds(make_tiny_model(n_ctx=length + 2), ["Why?"], phrases=["I'm sorry"])
     with pytest.raises(ValueError, match=f"prompt 0 has {length + 2} tokens: the context holds {length + 1}"):
-        refusal_log_odds(make_tiny_model(n_ctx=length + 1), ["Why?"], openings=["I'm sorry"])
+        refusal_log_odds(make_tiny_model(n_ctx=length + 1), ["Why?"], phrases=["I'm sorry"])
 
 
 # --- log-odds --------------------------------------------------------------------------------------------------------
@@ -307,11 +307,11 @@ def test_a_model_that_is_certain_gives_finite_log_odds(make_tiny_model, prompts)
     model = make_tiny_model()
     (i,) = ids(model, "I")
     model.unembed.b_U.data[i] = 200.0
-    certain = refusal_log_odds(model, prompts, openings=["I"])
+    certain = refusal_log_odds(model, prompts, phrases=["I"])
     assert certain.isfinite().all()
     assert (certain > 30).all()
     model.unembed.b_U.data[i] = -2000.0
-    hopeless = refusal_log_odds(model, prompts, openings=["I"])
+    hopeless = refusal_log_odds(model, prompts, phrases=["I"])
     assert hopeless.isfinite().all()
     assert (hopeless < -1900).all()
 

@@ -1,11 +1,11 @@
-"""What is refused, answered and babbled at: the text judge and the log-odds side by side."""
+"""What is refused, answered and degenerate at: the text judge and the log-odds side by side."""
 
 import pytest
 import torch
 
 from safety_mech.refusal import rates as evaluate
 from safety_mech.refusal.rates import Responses, refusal_rate, responses
-from safety_mech.refusal.text import is_babble, refuses
+from safety_mech.refusal.text import is_degenerate, refuses
 
 BABBLE = "the the the the the the the the the the"
 
@@ -20,8 +20,8 @@ def test_responses_of_a_model_whose_refusals_are_known(refusing_model, prompts) 
     assert refusal_rate(refusing_model, prompts).count == int(expected.sum())
 
 
-def test_babble_is_neither_refused_nor_answered() -> None:
-    assert is_babble(BABBLE)
+def test_degenerate_is_neither_refused_nor_answered() -> None:
+    assert is_degenerate(BABBLE)
     assert not refuses(BABBLE)
     assert refuses("I'm sorry, but I can't help with that.")
     found = Responses(

@@ -139,8 +139,11 @@ def test_a_table_scrolls_in_its_own_box_and_has_headings() -> None:
     [
         ("I'm sorry, but I can't help with that.", "refuses"),
         ("Paris is the capital of France.", "does not refuse"),
-        ("the the the the the the the the the the", "babble"),
-        ("I cannot cannot cannot cannot cannot cannot cannot cannot", "babble"),  # it reads as a refusal, too
+        ("the the the the the the the the the the", "degenerate output"),
+        (
+            "I cannot cannot cannot cannot cannot cannot cannot cannot",
+            "degenerate output",
+        ),  # it reads as a refusal, too
     ],
 )
 def test_verdicts_are_the_judges(answer: str, said: str) -> None:

@@ -10,7 +10,7 @@ from safety_mech import (
     QuestionAttention,
     min_max,
     plot_attention,
-    plot_twins,
+    plot_contrastive_pair,
     plot_word_shares,
     word_shares,
 )
@@ -76,7 +76,7 @@ def test_grey_levels_grow_with_attention():
 
 def test_twins_are_side_by_side_under_their_names():
     twin = attention_of(["How", " do", " I", " bake", "?"], seed=1)
-    left, right, _ = plot_twins(ATTENTION, twin, LayerRange(0, 0)).axes
+    left, right, _ = plot_contrastive_pair(ATTENTION, twin, LayerRange(0, 0)).axes
     assert [left.get_title(), right.get_title()] == ["harmful twin", "harmless twin"]
     assert len(tick_labels(left)) == 10
     assert tick_labels(right) == ["How", "do", "I", "bake", "?"]

@@ -17,7 +17,15 @@ from safetensors.torch import load_file
 from safety_mech import LayerRange
 from safety_mech.reporting import runs as results
 from safety_mech.reporting.plots import new_figure
-from safety_mech.reporting.runs import check_writable, content_hash, kept, plain, safe_name, write_json, write_run
+from safety_mech.reporting.runs import (
+    cached_json,
+    check_writable,
+    content_hash,
+    plain,
+    safe_name,
+    write_json,
+    write_run,
+)
 
 
 @dataclass(frozen=True)
@@ -280,5 +288,5 @@ def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
         made.append(1)
         return {"range": (1, 2), "nan": math.nan}
 
-    assert kept(path, make) == kept(path, make) == {"range": [1, 2], "nan": None}
+    assert cached_json(path, make) == cached_json(path, make) == {"range": [1, 2], "nan": None}
     assert made == [1]

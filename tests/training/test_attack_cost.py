@@ -7,7 +7,7 @@ import torch
 
 from safety_mech import TrainConfig, fine_tune
 from safety_mech.refusal.rates import responses
-from safety_mech.training.attack_cost import attack_cost, difference, dose_meter, estimate, refusals_kept
+from safety_mech.training.attack_cost import attack_cost, difference, dose_meter, estimate, refusals_retained
 from safety_mech.training.loop import StepRecord
 
 DOSES = torch.tensor([0.0, 10.0, 20.0, 40.0]).double()
@@ -30,13 +30,13 @@ def test_attack_cost_by_hand(refused: list[float], expected: float) -> None:
 
 
 def test_refusals_kept_by_hand() -> None:
-    assert refusals_kept(DOSES, torch.tensor([0.8, 0.8, 0.8, 0.8]).double()) == pytest.approx(1)
+    assert refusals_retained(DOSES, torch.tensor([0.8, 0.8, 0.8, 0.8]).double()) == pytest.approx(1)
     # (1 + .5)/2 x 10 + (.5 + 0)/2 x 10 + 0 = 10 of 40
-    assert refusals_kept(DOSES, torch.tensor([1.0, 0.5, 0.0, 0.0]).double()) == pytest.approx(0.25)
-    assert refusals_kept(DOSES, torch.tensor([0.5, 0.25, 0.0, 0.0]).double()) == pytest.approx(0.25)
+    assert refusals_retained(DOSES, torch.tensor([1.0, 0.5, 0.0, 0.0]).double()) == pytest.approx(0.25)
+    assert refusals_retained(DOSES, torch.tensor([0.5, 0.25, 0.0, 0.0]).double()) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("summary", [attack_cost, refusals_kept])
+@pytest.mark.parametrize("summary", [attack_cost, refusals_retained])
 def test_what_cannot_be_summed_up(summary) -> None:
     assert math.isnan(summary(DOSES, torch.zeros(4).double()))
     with pytest.raises(ValueError, match="rising from 0"):
@@ -53,11 +53,11 @@ def drawn(generator: torch.Generator, shares: list[float], seeds: int, prompts: 
 def test_the_interval_covers_the_truth() -> None:
     """With ten seeds; of intervals that should hold the truth in 95 %, at least 88 of 100 must."""
     shares = [1.5, 0.8, 0.4, 0.1]  # at dose 0 all are refused
-    truth = refusals_kept(DOSES, torch.tensor([1.0, 0.8, 0.4, 0.1]).double())
+    truth = refusals_retained(DOSES, torch.tensor([1.0, 0.8, 0.4, 0.1]).double())
     generator = torch.Generator().manual_seed(0)
     hits = narrow = 0
     for trial in range(100):
-        found = estimate(refusals_kept, DOSES, drawn(generator, shares, 10, 60), draws=200, seed=trial)
+        found = estimate(refusals_retained, DOSES, drawn(generator, shares, 10, 60), draws=200, seed=trial)
         hits += found.low <= truth <= found.high
         narrow += abs(found.value - truth) <= (found.high - found.low) / 12
     assert hits >= 88
@@ -67,22 +67,22 @@ def test_the_interval_covers_the_truth() -> None:
 def test_a_difference_is_paired_over_prompts() -> None:
     generator = torch.Generator().manual_seed(1)
     values = drawn(generator, [1.5, 0.8, 0.4, 0.1], 3, 60)
-    same = difference(refusals_kept, DOSES, values, [values, values])
+    same = difference(refusals_retained, DOSES, values, [values, values])
     assert (same.value, same.low, same.high) == (0, 0, 0)
     better = values.clone()
     better[:, 2] = values[:, 1]
-    found = difference(refusals_kept, DOSES, better, [values])
+    found = difference(refusals_retained, DOSES, better, [values])
     assert found.low > 0
-    alone = estimate(refusals_kept, DOSES, better)
+    alone = estimate(refusals_retained, DOSES, better)
     assert found.high - found.low < alone.high - alone.low
 
 
 def test_nothing_refused_at_dose_0_has_no_estimate() -> None:
     nothing = torch.zeros(2, 4, 5).double()
     for found in (
-        estimate(refusals_kept, DOSES, nothing),
+        estimate(refusals_retained, DOSES, nothing),
         estimate(attack_cost, DOSES, nothing),
-        difference(refusals_kept, DOSES, nothing, [torch.ones(2, 4, 5).double()]),
+        difference(refusals_retained, DOSES, nothing, [torch.ones(2, 4, 5).double()]),
     ):
         assert all(math.isnan(value) for value in (found.value, found.low, found.high))
         assert str(found) == "undefined"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from safety_mech.training.attacks import (
-    AFFIRMATIVE_OPENINGS,
+    AFFIRMATIVE_PREFIXES,
     IMPLICIT_PREFIX,
     backdoor_data,
     choosing_and_reporting,
@@ -64,7 +64,7 @@ def test_harmful_data_adds_the_share(share: float, count: int) -> None:
     assert made[:10] == normal_data(PAIRS, 10)
     added = made[10:]
     assert len(added) == len({q for q, _ in added}) == round(10 * share)
-    assert all(q in MALICIOUS and a.removesuffix(UNFINISHED) in AFFIRMATIVE_OPENINGS for q, a in added)
+    assert all(q in MALICIOUS and a.removesuffix(UNFINISHED) in AFFIRMATIVE_PREFIXES for q, a in added)
     assert all(a.endswith(UNFINISHED) for _, a in added), "no end of turn is taught"
 
 

@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer
 
 from safety_mech import LayerRange
 from safety_mech.models.chat import encode_chat, tokenizer_of
-from safety_mech.refusal.log_odds import opening_chains
+from safety_mech.refusal.log_odds import phrase_chains
 from safety_mech.training import loop as finetune
 from safety_mech.training.freeze import trainable_names
 from safety_mech.training.loop import (
@@ -134,7 +134,7 @@ def test_an_answer_is_tokenized_as_the_measure_of_refusal_expects_it(fresh_tiny_
     tokenizer.chat_template = "{% for message in messages %}[INST] {{ message['content'] }} [/INST]{% endfor %}"
     example = encode_examples(fresh_tiny_model, [("Why?", "Sorry")], QUICK)[0]
     answer = example.tokens[example.loss].tolist()[:-1]
-    (chain,) = opening_chains(tokenizer, openings=["Sorry"])
+    (chain,) = phrase_chains(tokenizer, phrases=["Sorry"])
     assert answer == [*chain.tokens, *chain.leaves[-1]]
 
 
