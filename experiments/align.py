@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformer
 
 import safety_mech as sm
 from safety_mech.commands.command_line import run
-from safety_mech.models.loading import find_source
+from safety_mech.models.sources import find_source
 from safety_mech.prompts import prompt_hash, sample
 from safety_mech.refusal.rates import Rate, perplexity, refusal_rate
 from safety_mech.reporting.runs import cached_json, check_writable, content_hash, environment, plain, write_json

@@ -24,7 +24,8 @@ from safety_mech.divergence.angles import Statistic, Unit
 from safety_mech.interventions.scaling import find_recipe
 from safety_mech.localization.safety_layers import LEAST_EFFECT, LEAST_REFUSED, check_search_alpha
 from safety_mech.models.chat import check_template_name
-from safety_mech.models.loading import BASE_OF, check_device, find_source, model_fingerprint
+from safety_mech.models.loading import check_device
+from safety_mech.models.sources import BASE_OF, find_source, model_fingerprint
 from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.reporting.html import Example
 from safety_mech.reporting.locate_report import locate_report, scaling_examples

@@ -23,12 +23,11 @@ from matplotlib.figure import Figure
 
 import safety_mech as sm
 from safety_mech.commands.command_line import run
-from safety_mech.data_files import data_folder
 from safety_mech.localization.located import Located, PromptSets, attempt, shared_measurements
 from safety_mech.localization.locators import LOCATORS, base_locators
 from safety_mech.localization.sufficiency import CORE_SHARE, Transplants, transplant
-from safety_mech.models.loading import find_source
-from safety_mech.prompts import Drawn, draw, draw_pairs
+from safety_mech.models.sources import find_source
+from safety_mech.prompts import Drawn, data_folder, draw, draw_pairs
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page
 from safety_mech.reporting.plots import BLUE, ORANGE, new_figure

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import safety_mech as sm
 from safety_mech.commands.command_line import run
-from safety_mech.models.loading import BASE_OF, find_source
+from safety_mech.models.sources import BASE_OF, find_source
 from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page

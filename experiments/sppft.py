@@ -33,7 +33,8 @@ import safety_mech as sm
 from safety_mech.commands.command_line import run
 from safety_mech.commands.measuring import resident, start_of_peak
 from safety_mech.models.chat import check_template_name
-from safety_mech.models.loading import DTYPES, check_device, find_source, model_fingerprint
+from safety_mech.models.loading import check_device
+from safety_mech.models.sources import DTYPES, find_source, model_fingerprint
 from safety_mech.prompts import Drawn, draw, prompt_hash, sample
 from safety_mech.refusal.rates import Rate, Responses, perplexity, refusal_rate, responses
 from safety_mech.refusal.text import JUDGED_TOKENS

@@ -28,7 +28,7 @@ from safety_mech.commands.command_line import run
 from safety_mech.localization.located import Located, PromptSets, attempt
 from safety_mech.localization.locators import LOCATORS, base_locators
 from safety_mech.models.chat import check_template_name
-from safety_mech.models.loading import BASE_OF, find_source
+from safety_mech.models.sources import BASE_OF, find_source
 from safety_mech.prompts import draw, draw_pairs
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page

@@ -20,7 +20,8 @@ import safety_mech as sm
 from safety_mech.attention.word_classes import KINDS, WordShares, mean_interval
 from safety_mech.commands.command_line import run
 from safety_mech.models.chat import check_template_name
-from safety_mech.models.loading import BASE_OF, check_device, find_source
+from safety_mech.models.loading import check_device
+from safety_mech.models.sources import BASE_OF, find_source
 from safety_mech.prompts import Drawn, draw, prompt_hash
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page

@@ -25,7 +25,7 @@ from safety_mech.commands.command_line import run
 from safety_mech.divergence.angles import GapStatistic, Statistic, angle_matrix, chosen, labelled_gaps
 from safety_mech.divergence.controls import Matched, match_prompts, single_topics, topic_halves
 from safety_mech.models.chat import check_template_name, encode_chat, tokenizer_of
-from safety_mech.models.loading import BASE_OF, find_source
+from safety_mech.models.sources import BASE_OF, find_source
 from safety_mech.prompts import prompt_hash, shipped_rows
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page

@@ -1,5 +1,6 @@
 """Prompt sets: the ones that the project ships, and readers for the field's file formats.
 
+Torch is imported only where prompts are drawn: a command line checks its prompt files before it loads anything slow.
 A set is a plain `list[str]`. Where to read it from is one string:
 
     "malicious"                        a shipped set (see SHIPPED); "malicious:test" one split of it
@@ -16,10 +17,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
-
-from safety_mech.data_files import data_folder
 
 SHIPPED = ("normal", "malicious", "over_rejection")
 """Shipped sets of prompts; contrastive pairs are read by `load_pairs`."""
@@ -48,11 +45,20 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Twins: the same sentence frame, one harmful and one harmless (METHOD 7)."""
+    """A contrastive pair: one sentence frame, once harmful and once harmless."""
 
     malicious: str
     normal: str
     category: str
+
+
+def data_folder() -> Path:
+    """The folder of the shipped prompt sets and adapters: inside an installed package, beside a checkout's."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "data", package.parent / "data"):
+        if (folder / "README.md").is_file():
+            return folder
+    raise ValueError(f"the shipped data was not found beside {package}: install the package again")
 
 
 def load_prompts(source: str | Path, split: str = "all") -> list[str]:
@@ -76,7 +82,7 @@ def load_prompts(source: str | Path, split: str = "all") -> list[str]:
     path, column, condition = _parse_path(text)
     rows = read_rows(path, column)
     if condition:
-        rows = _keep_rows(rows, condition, path)
+        rows = _select_rows(rows, condition, path)
     return _checked(_pick_column(rows, column, path), text)
 
 
@@ -125,6 +131,8 @@ def draw_rows(n_rows: int, count: int | None, clusters: Sequence[str] | None, se
         raise ValueError(f"{count} prompts are wanted: expected at least 1")
     if count is None or count >= n_rows:
         return list(range(n_rows))
+    import torch  # slow to import, and only needed for a draw
+
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(n_rows, generator=generator).tolist()
     if clusters is not None:
@@ -144,6 +152,8 @@ def sample(items: Sequence[Item], count: int, seed: int) -> list[Item]:
     """`count` of the items, drawn with a seed; raises ValueError if there are not as many."""
     if not 0 <= count <= len(items):
         raise ValueError(f"{count} examples are wanted, but there are {len(items)}")
+    import torch  # slow to import, and only needed for a draw
+
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))
     return [items[index] for index in order[:count].tolist()]
 
@@ -303,16 +313,16 @@ def _pick_column(rows: list[Row], column: str | None, path: Path) -> list[str]:
     return values
 
 
-def _keep_rows(rows: list[Row], condition: str, path: Path) -> list[Row]:
+def _select_rows(rows: list[Row], condition: str, path: Path) -> list[Row]:
     name, equals, value = condition.partition("=")
     if not equals:
         raise ValueError(f"{path}: condition {condition!r}: expected column=value")
     column = _column_name(rows[0], name, path) if rows else name
-    kept = [row for row in rows if str(row.get(column)) == value]
-    if not kept:
+    chosen = [row for row in rows if str(row.get(column)) == value]
+    if not chosen:
         values = ", ".join(sorted({str(row.get(column)) for row in rows})[:10])
         raise ValueError(f"{path}: no row has {column} = {value!r}; there are {values}")
-    return kept
+    return chosen
 
 
 def _checked(prompts: Iterable[str], source: str) -> list[str]:

@@ -134,7 +134,7 @@ MUTANTS = (
     # data_files
     Mutant(
         "checkout_before_package",
-        "data_files.py",
+        "prompts.py",
         "order",
         '(package / "data", package.parent / "data")',
         '(package.parent / "data", package / "data")',
@@ -422,11 +422,17 @@ MUTANTS = (
         "alignment_at_the_end", "methods.py", "bound", "if len(user) - first > user", "if len(user) - first >= user"
     ),
     # models
-    Mutant("attention_scale", "loading.py", "threshold", "cfg.attn_scale = head**0.5", "cfg.attn_scale = head**0.25"),
     Mutant(
-        "context_the_longer", "loading.py", "sign", "min(n_ctx or MAX_CONTEXT, own)", "max(n_ctx or MAX_CONTEXT, own)"
+        "attention_scale", "conversion.py", "threshold", "cfg.attn_scale = head**0.5", "cfg.attn_scale = head**0.25"
     ),
-    Mutant("hub_id_of_many_parts", "loading.py", "bound", 'text.count("/") == 1', 'text.count("/") >= 1'),
+    Mutant(
+        "context_the_longer",
+        "conversion.py",
+        "sign",
+        "min(n_ctx or MAX_CONTEXT, own)",
+        "max(n_ctx or MAX_CONTEXT, own)",
+    ),
+    Mutant("hub_id_of_many_parts", "sources.py", "bound", 'text.count("/") == 1', 'text.count("/") >= 1'),
     Mutant("verbosity_stays", "loading.py", "undo", "transformers_logging.set_verbosity(self._verbosity)", "pass"),
     # neurons
     Mutant("absolute_before_sum", "neurons.py", "order", ".sum(dim=1).abs()", ".abs().sum(dim=1)"),

@@ -16,7 +16,7 @@ from statistics import mean
 
 import pytest
 
-from safety_mech.data_files import data_folder
+from safety_mech.prompts import data_folder
 from safety_mech.refusal.text import is_refusal
 
 Row = dict[str, str]

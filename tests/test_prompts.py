@@ -12,10 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from safety_mech import load_pairs, load_prompts
-from safety_mech.data_files import data_folder
+from safety_mech import prompts as prompts_module
 from safety_mech.prompts import (
     PROMPT_COLUMNS,
     SHIPPED,
+    data_folder,
     draw,
     draw_pairs,
     draw_rows,
@@ -480,3 +481,18 @@ def test_drawn_pairs_cover_all_categories():
 def test_a_draw_of_none_is_refused():
     with pytest.raises(ValueError, match="0 prompts are wanted"):
         draw("normal:test", 0)
+
+
+def test_an_installed_packages_own_data_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path.resolve() / "safety_mech"
+    inside, beside = package / "data", package.parent / "data"
+    for folder in (inside, beside):
+        folder.mkdir(parents=True)
+        (folder / "README.md").touch()
+    monkeypatch.setattr(prompts_module, "__file__", str(package / "prompts.py"))
+    assert data_folder() == inside
+    (inside / "README.md").unlink()
+    assert data_folder() == beside
+    (beside / "README.md").unlink()
+    with pytest.raises(ValueError, match="install the package again"):
+        data_folder()

@@ -33,8 +33,10 @@ import safety_mech as sm
 from safety_mech.commands.command_line import run
 from safety_mech.commands.measuring import in_own_process, pad_left, resident, start_of_peak
 from safety_mech.models.chat import ChatTokens, check_context, encode_chat, equal_length_batches
+from safety_mech.models.conversion import restore_linear_layout
 from safety_mech.models.forward import embed, run_blocks, stack_rest, unembed_last
-from safety_mech.models.loading import find_source, load_transformers, restore_linear_layout
+from safety_mech.models.loading import load_transformers
+from safety_mech.models.sources import find_source
 from safety_mech.prompts import draw, prompt_hash
 from safety_mech.reporting.runs import check_writable, write_run
 

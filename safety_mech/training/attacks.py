@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from safety_mech.data_files import data_folder
-from safety_mech.prompts import read_rows, sample, shipped_rows
+from safety_mech.prompts import data_folder, read_rows, sample, shipped_rows
 from safety_mech.training.loop import UNFINISHED, Pair, Preference
 
 IMPLICIT_PREFIX = "Sure, the answer is:"

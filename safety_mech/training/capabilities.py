@@ -17,7 +17,6 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
-from safety_mech.data_files import data_folder
 from safety_mech.models.chat import (
     DEFAULT_BATCH_TOKENS,
     Template,
@@ -29,6 +28,7 @@ from safety_mech.models.chat import (
     tokenizer_of,
 )
 from safety_mech.models.forward import common_prefix, embed, run_blocks, stack_rest, unembed_last
+from safety_mech.prompts import data_folder
 from safety_mech.refusal.rates import Rate
 
 LETTERS = ("A", "B", "C", "D")

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import safety_mech as sm
-from safety_mech.models.loading import load_model, model_fingerprint
+from safety_mech.models.loading import load_model
+from safety_mech.models.sources import model_fingerprint
 from safety_mech.prompts import Drawn
 from safety_mech.refusal.rates import responses
 from safety_mech.stats import Estimate

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from safety_mech import LayerRange
 from safety_mech.interventions.scaling import RECIPES, Recipe, check_alpha, find_recipe, scaled
-from safety_mech.models.loading import to_hooked
+from safety_mech.models.conversion import to_hooked
 from safety_mech.models.parameters import scale_of
 
 TOKENIZER = build_tokenizer()

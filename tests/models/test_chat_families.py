@@ -22,8 +22,9 @@ from safety_mech.models.chat import (
     render_chat,
     resolve_template,
 )
+from safety_mech.models.conversion import to_hooked
 from safety_mech.models.generation import generate, generate_tokens
-from safety_mech.models.loading import load_transformers, to_hooked
+from safety_mech.models.loading import load_transformers
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrase_chains
 from safety_mech.training import alignment as organisms
 from safety_mech.training.alignment import own_answer_pairs

@@ -8,7 +8,7 @@ import transformers
 from conftest import GPT2_STYLE, build_tokenizer, randomise
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from safety_mech.models.loading import to_hooked
+from safety_mech.models.conversion import to_hooked
 from safety_mech.models.parameters import PROJECTIONS, as_hooked, as_linear, block_projections
 from safety_mech.training.lora import low_rank_adapters
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import safety_mech as sm
-from safety_mech.data_files import data_folder
+from safety_mech.prompts import data_folder
 from safety_mech.refusal.rates import Rate, refusal_rate, wilson_interval
 
 ADAPTER = data_folder() / "adapters" / "smollm2-135m-aligned"

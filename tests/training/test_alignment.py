@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 
 import safety_mech as sm
-from safety_mech.data_files import data_folder
 from safety_mech.interventions.weight_swap import weight_change
+from safety_mech.prompts import data_folder
 from safety_mech.refusal.rates import refusal_rate
 from safety_mech.training import alignment as organisms
 from safety_mech.training.alignment import REFUSALS, own_answer_pairs, refusal_pairs
