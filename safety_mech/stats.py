@@ -1,24 +1,55 @@
-"""How well ranges agree, with each other and with the truth: IoU, boundary errors, correlation, with intervals.
+"""Shares, means, correlations and the agreement of ranges, each with its interval.
 
-Intervals are bootstrap percentiles over ITEMS (organisms, prompt sets), or over groups of items that are not
-independent (two seeds of one planted range): whole groups are drawn. Percentiles of few items are too narrow; they
-are taken further out, as far as Student's t lies beyond the normal distribution (the expanded percentile interval of
-Hesterberg 2015). Coverage is tested on synthetic data in tests/test_coverage.py.
+Shares have Wilson intervals. The others are bootstrap percentiles over ITEMS (organisms, prompt sets), or over groups
+of items that are not independent (two seeds of one planted range): whole groups are drawn. `estimate` and what builds
+on it has few items, and plain percentiles of few items are too narrow. They are read further out, as far as Student's t
+lies beyond the normal distribution (the expanded percentile interval of Hesterberg 2015). tests/test_stats_coverage.py
+measures the coverage on synthetic data.
 """
 
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from jaxtyping import Float
+from scipy.special import ndtr, stdtrit
 from torch import Tensor
 
 from safety_mech.layers import LayerRange
 
 Weighted = Callable[[Float[Tensor, "sample item"]], Float[Tensor, " sample"]]
 """A statistic of many weighted samples at once."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """`count` of `total`, with the 95 % Wilson interval of the share."""
+
+    count: int
+    total: int
+
+    @property
+    def share(self) -> float:
+        return self.count / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson_interval(self.count, self.total)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.count}/{self.total} = {self.share:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def wilson_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share. It also holds near 0 and 1, where the usual +- interval is empty."""
+    from scipy.stats import binomtest  # a second to import, and only needed for a share
+
+    if not 0 <= count <= total or total == 0:
+        raise ValueError(f"{count} of {total}: expected 0 <= count <= total, and a total above 0")
+    interval = binomtest(count, total).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)
@@ -48,7 +79,7 @@ class RangeScore:
 
 
 def overlap(first: LayerRange | None, second: LayerRange | None) -> float:
-    """IoU; 0 where one of the two is no range, for no answer agrees with nothing."""
+    """IoU; 0 where a range is missing: two missing answers do not agree."""
     return 0.0 if first is None or second is None else first.iou(second)
 
 
@@ -72,6 +103,25 @@ def random_iou(truth: LayerRange, n_layers: int) -> float:
         starts = range(n_layers - width + 1)
         means.append(sum(LayerRange(start, start + width - 1).iou(truth) for start in starts) / len(starts))
     return sum(means) / n_layers
+
+
+def bootstrap_mean(
+    values: Float[Tensor, "item *rest"], *, samples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
+    """Mean over items, and the bounds of its percentile interval: items are drawn with replacement, rows as a whole."""
+    n = len(values)
+    counts = resampled_counts(samples, n, torch.Generator().manual_seed(seed))
+    means = torch.tensordot(counts, values.double(), dims=1) / n
+    return values.double().mean(dim=0), *percentiles(means, level)
+
+
+def percentiles(
+    samples: Float[Tensor, "sample *rest"], level: float = 0.95
+) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
+    """Bounds that leave half of 1 - level of the samples outside on either side."""
+    tail = (1 - level) / 2
+    low, high = torch.quantile(samples.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
+    return low, high
 
 
 def mean_estimate(
@@ -167,12 +217,9 @@ def resampled_counts(samples: int, n: int, generator: torch.Generator) -> Float[
 def expanded_tail(tail: float, n: int) -> float:
     """The tail probability at which percentiles of n items' bootstrap distribution have to be read.
 
-    Phi(-sqrt(n / (n - 1)) t), t: Student's quantile with n - 1 degrees of freedom (Cornish-Fisher expansion).
+    Phi(-sqrt(n / (n - 1)) t), t: Student's quantile with n - 1 degrees of freedom.
     """
-    z, v = NormalDist().inv_cdf(1 - tail), n - 1
-    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    return NormalDist().cdf(-math.sqrt(n / v) * t)
+    return float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, tail)))
 
 
 def _moments(w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

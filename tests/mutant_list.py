@@ -65,9 +65,8 @@ MUTANTS = (
         "tail_degrees_of_freedom",
         "stats.py",
         "bound",
-        "inv_cdf(1 - tail), n - 1",
-        "inv_cdf(1 - tail), n",
-        "agreement coverage",
+        "stdtrit(n - 1, tail)",
+        "stdtrit(n, tail)",
     ),
     Mutant(
         "iou_of_copies_counted",
@@ -184,14 +183,7 @@ MUTANTS = (
     # evaluate
     Mutant("answers_of_8_tokens", "rates.py", "threshold", "ANSWER_TOKENS = 16", "ANSWER_TOKENS = 8"),
     Mutant("degenerate_counts_as_answer", "rates.py", "bound", "~self.refused & ~self.degenerate", "~self.refused"),
-    Mutant(
-        "wilson_width",
-        "rates.py",
-        "threshold",
-        "square / (4 * total)",
-        "square / (2 * total)",
-        "evaluate aligned",
-    ),
+    Mutant("a_share_of_all_refused", "stats.py", "bound", "0 <= count <= total or", "0 <= count < total or"),
     Mutant("log_odds_of_zero", "rates.py", "bound", "(self.log_odds < 0)", "(self.log_odds <= 0)"),
     # export
     Mutant("half_state_stays", "export.py", "undo", "partial.unlink(missing_ok=True)", "pass"),

@@ -1,7 +1,8 @@
-"""Scores and agreement of ranges by hand; the coverage of the intervals is in test_coverage.py."""
+"""Scores and agreement of ranges by hand; the coverage of the intervals is in test_stats_coverage.py."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy import stats
@@ -9,6 +10,8 @@ from scipy import stats
 from safety_mech import LayerRange
 from safety_mech.stats import (
     Estimate,
+    Rate,
+    bootstrap_mean,
     correlation,
     expanded_tail,
     mean_estimate,
@@ -19,6 +22,7 @@ from safety_mech.stats import (
     resampled_counts,
     score_range,
     slope,
+    wilson_interval,
 )
 
 R = LayerRange
@@ -120,11 +124,38 @@ def test_counts_of_draws():
     torch.testing.assert_close(counts.var(0), torch.full((6,), 5 / 6).double(), rtol=0, atol=0.2)
 
 
-@pytest.mark.parametrize("n", [4, 7, 14, 50, 1000])
-def test_tails_equal_students(n):
-    expected = stats.norm.cdf(math.sqrt(n / (n - 1)) * stats.t.ppf(0.025, n - 1))
-    assert expanded_tail(0.025, n) == pytest.approx(expected, rel=0.15)
+@pytest.mark.parametrize(("n", "t"), [(2, 12.7062), (5, 2.77645), (14, 2.16037), (1000, 1.96234)])
+def test_tails_lie_as_far_out_as_students(n, t):
+    """t: from a printed table, 95 %, n - 1 degrees of freedom."""
+    assert expanded_tail(0.025, n) == pytest.approx(stats.norm.sf(math.sqrt(n / (n - 1)) * t), rel=1e-3)
     assert expanded_tail(0.025, n) < 0.025
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "expected"),
+    [(0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (5, 10, (0.2366, 0.7634)), (81, 263, (0.2553, 0.3662))],
+)
+def test_wilson_interval_by_the_book(count: int, total: int, expected: tuple[float, float]) -> None:
+    assert wilson_interval(count, total) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(("count", "total"), [(-1, 5), (6, 5), (0, 0)])
+def test_wilson_interval_refuses_impossible_counts(count: int, total: int) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= count <= total"):
+        wilson_interval(count, total)
+
+
+def test_a_rate_says_its_interval() -> None:
+    assert str(Rate(5, 10)) == "5/10 = 50.0% [23.7%, 76.3%]"
+
+
+def test_the_bootstrap_of_means_equals_loops() -> None:
+    values = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(7, (200, 7), generator=torch.Generator().manual_seed(4))
+    means = np.array([[np.mean([values[i, k].item() for i in row]) for k in range(3)] for row in drawn])
+    mean, low, high = bootstrap_mean(values, samples=200, level=0.8, seed=4)
+    assert mean.tolist() == pytest.approx(values.mean(0).tolist())
+    assert [low.tolist(), high.tolist()] == pytest.approx(np.quantile(means, [0.1, 0.9], axis=0))
 
 
 @pytest.mark.parametrize(

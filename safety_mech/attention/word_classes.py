@@ -29,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safety_mech.attention.question import QuestionAttention
-from safety_mech.stats import resampled_counts
+from safety_mech.stats import bootstrap_mean
 
 Kind = Literal["function", "content", "punctuation"]
 KINDS: tuple[Kind, ...] = ("function", "content", "punctuation")
@@ -178,10 +178,6 @@ def mean_interval(
 
     Raises ValueError for fewer than two prompts.
     """
-    n = len(values)
-    if n < 2:
-        raise ValueError(f"{n} prompts: expected at least 2 for an interval")
-    counts = resampled_counts(samples, n, torch.Generator().manual_seed(seed))
-    means = torch.tensordot(counts, values.double(), dims=1) / n
-    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64), dim=0)
-    return values.double().mean(dim=0), low, high
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} prompts: expected at least 2 for an interval")
+    return bootstrap_mean(values, samples=samples, level=level, seed=seed)

@@ -20,6 +20,7 @@ import torch
 
 from safety_mech.models.chat import encode_text, render_chat, special_texts
 from safety_mech.models.loading import check_device, load_transformers
+from safety_mech.stats import bootstrap_mean
 
 MAX_BACK_OFF = 60.0  # seconds between two tries, at most
 
@@ -353,7 +354,5 @@ def mean_score(verdicts: Sequence[Verdict], seed: int = 0, draws: int = 2000) ->
     mean = scores.mean().item() if parsed else None
     if parsed < 2:
         return MeanScore(mean, parsed, len(verdicts) - parsed, None, None)
-    generator = torch.Generator().manual_seed(seed)
-    means = scores[torch.randint(parsed, (draws, parsed), generator=generator)].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return MeanScore(mean, parsed, len(verdicts) - parsed, low, high)
+    _, low, high = bootstrap_mean(scores, samples=draws, seed=seed)
+    return MeanScore(mean, parsed, len(verdicts) - parsed, float(low), float(high))

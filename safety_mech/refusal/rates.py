@@ -16,37 +16,8 @@ from transformer_lens import HookedTransformer
 from safety_mech.models.generation import generate
 from safety_mech.refusal.log_odds import refusal_log_odds
 from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, is_degenerate, refuses
+from safety_mech.stats import Rate
 from safety_mech.training.loop import Pair, TrainConfig, encode_examples, mean_loss
-
-
-@dataclass(frozen=True)
-class Rate:
-    """`count` of `total`, with the 95 % Wilson interval of the share."""
-
-    count: int
-    total: int
-
-    @property
-    def share(self) -> float:
-        return self.count / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.count, self.total)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.count}/{self.total} = {self.share:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def wilson_interval(count: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share; right also near 0 and 1, where the usual +- interval is empty."""
-    if not 0 <= count <= total or total == 0:
-        raise ValueError(f"{count} of {total}: expected 0 <= count <= total, and a total above 0")
-    share, square = count / total, z * z / total
-    centre = (share + square / 2) / (1 + square)
-    half = z / (1 + square) * math.sqrt(share * (1 - share) / total + square / (4 * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def refusal_rate(

@@ -29,7 +29,7 @@ from safety_mech.models.chat import (
 )
 from safety_mech.models.forward import common_prefix, embed, run_blocks, stack_rest, unembed_last
 from safety_mech.prompts import data_folder
-from safety_mech.refusal.rates import Rate
+from safety_mech.stats import Rate, bootstrap_mean
 
 LETTERS = ("A", "B", "C", "D")
 HEADER = ("question", *LETTERS, "answer")
@@ -62,11 +62,8 @@ def rouge_l(answers: Sequence[str], references: Sequence[str], *, bootstrap: int
     scores = rouge_l_scores(answers, references)
     if bootstrap < 1:
         raise ValueError(f"bootstrap {bootstrap}: expected at least 1 sample")
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(scores), (bootstrap, len(scores)), generator=generator)
-    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = torch.quantile(scores[drawn].mean(dim=1), tails).tolist()
-    return RougeL(float(scores.mean()), low, high, len(scores))
+    mean, low, high = bootstrap_mean(scores, samples=bootstrap, seed=seed)
+    return RougeL(float(mean), float(low), float(high), len(scores))
 
 
 def rouge_l_scores(answers: Sequence[str], references: Sequence[str]) -> Float[Tensor, " prompt"]:

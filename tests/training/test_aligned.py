@@ -9,7 +9,8 @@ import torch
 
 import safety_mech as sm
 from safety_mech.prompts import data_folder
-from safety_mech.refusal.rates import Rate, refusal_rate, wilson_interval
+from safety_mech.refusal.rates import refusal_rate
+from safety_mech.stats import Rate
 
 ADAPTER = data_folder() / "adapters" / "smollm2-135m-aligned"
 
@@ -71,17 +72,3 @@ def test_the_adapter_is_small_and_documented() -> None:
     assert sum(files.values()) < 6 * 2**20
     assert {"adapter_model.safetensors", "adapter_config.json", "recipe.json"} <= set(files)
     assert ADAPTER.name in (data_folder() / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("count", "total", "expected"),
-    [(0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (5, 10, (0.2366, 0.7634)), (81, 263, (0.2553, 0.3662))],
-)
-def test_wilson_interval_by_the_book(count: int, total: int, expected: tuple[float, float]) -> None:
-    assert wilson_interval(count, total) == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize(("count", "total"), [(-1, 5), (6, 5), (0, 0)])
-def test_wilson_interval_refuses_impossible_counts(count: int, total: int) -> None:
-    with pytest.raises(ValueError, match="expected 0 <= count <= total"):
-        wilson_interval(count, total)

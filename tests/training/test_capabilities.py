@@ -17,7 +17,7 @@ from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerFast
 
 from safety_mech.models.chat import PLAIN_TEMPLATES, Template, encode_text, resolve_template
-from safety_mech.refusal.rates import Rate
+from safety_mech.stats import Rate
 from safety_mech.training.capabilities import (
     Question,
     letter_log_probs,
