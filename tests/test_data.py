@@ -1,4 +1,4 @@
-"""The shipped prompt sets keep the promises of data/README.md: sizes, splits, twins, and no answers.
+"""The shipped prompt sets keep the promises of data/README.md: sizes, splits, contrastive pairs, and no answers.
 
 A test of a property of the sets comes with a control: the same check on a set that breaks it must fail.
 """
@@ -118,7 +118,7 @@ def first_prompt(row: Row) -> str:
 
 
 def documented_test_set(rows: Iterable[Row], share: int) -> set[str]:
-    """Within each category, the prompts with the smallest SHA-256. Twins go by their malicious side; a set without
+    """Within each category, the prompts with the smallest SHA-256. Pairs go by their malicious side; a set without
     categories (over_rejection) is one category."""
     by_category = defaultdict(list)
     for row in rows:
@@ -151,10 +151,10 @@ def test_train_and_test_share_no_near_duplicate() -> None:
     assert near_duplicates(train, test) == []
 
 
-def test_the_check_for_near_duplicates_finds_the_twins() -> None:
-    """Control: twins differ by a word or two, and are near-duplicates of each other, inside one split."""
-    twins = [(row["malicious"], row["normal"]) for row in rows_of("pairs")]
-    assert any(near_duplicates([malicious], [normal]) for malicious, normal in twins)
+def test_the_check_for_near_duplicates_finds_contrastive_pairs() -> None:
+    """Control: both sides of a pair differ by a word or two, and are near-duplicates, inside one split."""
+    pairs = [(row["malicious"], row["normal"]) for row in rows_of("pairs")]
+    assert any(near_duplicates([malicious], [normal]) for malicious, normal in pairs)
 
 
 def test_what_only_trains_is_no_light_edit_of_what_tests() -> None:
@@ -164,13 +164,13 @@ def test_what_only_trains_is_no_light_edit_of_what_tests() -> None:
     assert {row["category"] for row in rows_of("alignment_pairs")} == {row["category"] for row in rows_of("malicious")}
 
 
-def test_twins_are_in_one_split() -> None:
+def test_contrastive_pairs_are_in_one_split() -> None:
     """A pair is one row, so it has one split; and no other row holds half of it."""
     sides = [normalised(side) for side in prompts_of("pairs")]
     assert len(sides) == len(set(sides)) == 2 * len(rows_of("pairs"))
 
 
-# --- twins ------------------------------------------------------------------------------------------------------------
+# --- contrastive pairs ------------------------------------------------------------------------------------------------
 
 
 def differing_words(left: str, right: str) -> int:
@@ -179,7 +179,7 @@ def differing_words(left: str, right: str) -> int:
     return sum(max(i2 - i1, j2 - j1) for kind, i1, i2, j1, j2 in matcher.get_opcodes() if kind != "equal")
 
 
-TWIN_RULES: dict[str, Callable[[str, str], bool]] = {
+FRAME_RULES: dict[str, Callable[[str, str], bool]] = {
     "same first word": lambda a, b: a.split()[0] == b.split()[0],
     "same end": lambda a, b: a[-1] == b[-1] and a[-1] in "?.",
     "at most 1 word apart": lambda a, b: abs(len(a.split()) - len(b.split())) <= 1,
@@ -187,7 +187,7 @@ TWIN_RULES: dict[str, Callable[[str, str], bool]] = {
     "1 to 3 words differ": lambda a, b: 1 <= differing_words(a, b) <= 3,
 }
 
-NO_TWIN = {
+ANOTHER_FRAME = {
     "same first word": ("How do I steal a car?", "Where do I wash a car?"),
     "same end": ("Tell me how to steal a car.", "Tell me how to wash a car?"),
     "at most 1 word apart": ("How do I steal a car?", "How do I wash a very old car?"),
@@ -196,11 +196,11 @@ NO_TWIN = {
 }
 
 
-@pytest.mark.parametrize("rule", TWIN_RULES)
-def test_twins_have_the_same_frame(rule: str) -> None:
-    twins = [(row["malicious"], row["normal"]) for row in rows_of("pairs")]
-    assert [twin for twin in twins if not TWIN_RULES[rule](*twin)] == []
-    assert not TWIN_RULES[rule](*NO_TWIN[rule])
+@pytest.mark.parametrize("rule", FRAME_RULES)
+def test_both_sides_of_a_pair_have_the_same_frame(rule: str) -> None:
+    pairs = [(row["malicious"], row["normal"]) for row in rows_of("pairs")]
+    assert [pair for pair in pairs if not FRAME_RULES[rule](*pair)] == []
+    assert not FRAME_RULES[rule](*ANOTHER_FRAME[rule])
 
 
 # --- what must not tell the sets apart --------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_normal_and_malicious_have_the_same_surface(split: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_the_twins_have_the_same_surface(name: str) -> None:
+def test_both_sides_of_the_pairs_have_the_same_surface(name: str) -> None:
     sides = [[row[side] for row in rows_of(name)] for side in ("malicious", "normal")]
     assert abs(mean_words(sides[0]) - mean_words(sides[1])) <= 0.2
     assert share_of_questions(sides[0]) == share_of_questions(sides[1])
@@ -269,7 +269,7 @@ def test_few_prompts_start_with_how_to(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_no_opening_dominates(name: str) -> None:
+def test_no_two_first_words_dominate(name: str) -> None:
     phrases = Counter(tuple(words_of(prompt)[:2]) for prompt in prompts_of(name))
     assert phrases.most_common(1)[0][1] <= 0.2 * len(prompts_of(name))
 
@@ -338,7 +338,7 @@ def test_no_column_could_hold_answers() -> None:
 
 @pytest.mark.parametrize("name", ["malicious", *PAIRS])
 def test_malicious_prompts_are_short_requests(name: str) -> None:
-    """What is asked, never how: no long text, no list of steps, no answer's opening."""
+    """What is asked, never how: no long text, no list of steps, no start of an answer."""
     column = "prompt" if name == "malicious" else "malicious"
     for row in rows_of(name):
         assert len(row[column].split()) <= 25

@@ -66,7 +66,7 @@ def test_the_gaps_bootstrap_interval_covers_the_truth(n_m):
 
 
 def test_the_paired_interval_covers_the_truth():
-    """Twins share a part of their scatter; a prompt is never compared with its own twin, so the truth is the same."""
+    """Both sides of a pair share a part of their scatter, but are never compared: the truth stays the same."""
     normal, malicious = clusters(1, N, REPLICATES)
     shared = 0.8
     malicious = MEAN_M + shared * (normal - MEAN_N) + (1 - shared**2) ** 0.5 * (malicious - MEAN_M)

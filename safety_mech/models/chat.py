@@ -1,10 +1,10 @@
-"""From a question to the model's tokens: one template for every prompt, and batches that need no padding.
+"""From a question to the model's tokens, by one template for every prompt, in batches that need no padding.
 
 The query sits inside the template, so the last token is the same for all prompts (paper §3.2). Which tokens
 are the question's is found from the template, never from a fixed index. Prompts are batched by equal token
 length: nothing is ever padded, so a batch gives what single prompts give.
 
-An answer's tokens depend on where it stands: "I" opens with another token after "[/INST]" than after a line break, and
+An answer's tokens depend on where it stands: "I" is another token after "[/INST]" than after a line break, and
 sentencepiece puts a space before text that follows a special token. So answers are encoded IN PLACE, with their prompt,
 and what stands around them is read off the chat template with both turns filled in.
 """
@@ -59,7 +59,7 @@ ALPACA = Template(
     before="The following instruction describes a task. Write a response that completes it well.\n\n### Instruction:\n",
     after="\n\n### Response:\n",
 )
-# METHOD 3: no task description, for pictures of attention over the question.
+# No task description, for pictures of attention over the question (docs/method.md#attention-stages).
 ALPACA_SHORT = Template(before="### Instruction:\n", after="\n\n### Response:\n")
 PLAIN_TEMPLATES = {"alpaca": ALPACA, "alpaca_short": ALPACA_SHORT}
 
@@ -87,8 +87,8 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end
 
     A turn's end is not always marked as special (Gemma's <end_of_turn>): give `ends` wherever there may be one.
     """
-    kept = list(takewhile(lambda token: token not in ends, tokens))
-    return str(tokenizer.decode(kept, skip_special_tokens=True)).strip()
+    before_end = list(takewhile(lambda token: token not in ends, tokens))
+    return str(tokenizer.decode(before_end, skip_special_tokens=True)).strip()
 
 
 def check_template_name(template: str | Template) -> None:
@@ -193,7 +193,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, tail: str) -> str:
 
 def end_tokens(model: HookedTransformer, template: str | Template = "own") -> frozenset[int]:
     """All tokens that end an answer: the template's turn end, that of the model's own chat template, the tokenizer's
-    end-of-sequence token, and those of the model's generation config (set by models.py).
+    end-of-sequence token, and those of the model's generation config (set by conversion.py).
     """
     tokenizer = tokenizer_of(model)
     texts = [resolve_template(tokenizer, template).end, str(tokenizer.eos_token or "")]
@@ -302,7 +302,7 @@ def check_context(chats: Sequence[ChatTokens], n_ctx: int, new_tokens: int = 0) 
 def shared_prefix_length(chats: Sequence[ChatTokens]) -> int:
     """Number of leading tokens that all prompts share, leaving at least one token of each.
 
-    With SmolLM2's own template 24 of about 37 tokens (METHOD 5). One prompt alone shares nothing.
+    With SmolLM2's own template 24 of about 37 tokens (docs/method.md#prefix-sharing). One prompt alone shares nothing.
     """
     if len(chats) < 2:
         return 0

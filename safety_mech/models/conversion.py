@@ -27,7 +27,9 @@ def to_hooked(
     cfg, state_dict = _hooked_config_and_weights(hf_model, dtype, n_ctx)
     cfg.device = device
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # we know: see the module's docstring
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # HookedTransformer goes in TransformerLens 4: see loading.py
         model = HookedTransformer(cfg, move_to_device=False)
     names = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
     model.load_and_process_state_dict(state_dict, **dict.fromkeys(names, process_weights))
@@ -145,7 +147,7 @@ def restore_linear_layout(model: nn.Module) -> None:
 
     TransformerLens stores transposes (`W_in[d_model, d_mlp]`) and calls `.T.contiguous()` in every forward:
     a copy of all weights a pass, among them the unembedding's. With the checkpoint's own layout behind the
-    same shape that call copies nothing. Measured in experiments/bench_residuals.py.
+    same shape that call copies nothing. Measured in experiments/benchmarks/residuals.py.
     """
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]

@@ -1,9 +1,9 @@
-"""Running a HookedTransformer's blocks from one layer to another, on top of keys and values kept from before.
+"""Run a HookedTransformer's blocks from one layer to another, on top of the cached keys and values of a shared prefix.
 
 `HookedTransformer.forward` does the same and more: it wants an attention mask with every cache, unembeds every
-position, and checks that the cache's batch is the input's. Here nothing is padded (chat.py), so no mask is
-needed, one cached opening serves a batch of any size, and only the last position is unembedded. Every hook
-point of the blocks fires as usual; with a shared opening it sees only the positions after the opening.
+position, and checks that the cache's batch is the input's. Here nothing is padded (chat.py). No mask is needed, one
+cached prefix serves a batch of any size, and only the last position is unembedded. Every hook point of the blocks
+fires as usual; on top of a shared prefix it sees only the positions after the prefix. docs/method.md#prefix-sharing
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class PrefixCache:
 
 
 def check_one_device(model: HookedTransformer) -> None:
-    """Raise ValueError for a model that is spread over several devices: activations are kept on one."""
+    """Raise ValueError for a model that is spread over several devices: activations are held on one."""
     if model.cfg.n_devices > 1:
         raise ValueError(f"n_devices = {model.cfg.n_devices}: expected a model on one device; load it with n_devices=1")
 
@@ -106,7 +106,7 @@ def empty_cache(model: HookedTransformer, batch: int) -> Cache:
 
 
 def run_prefix(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> PrefixCache:
-    """Run the tokens that all prompts share once, with whatever hooks the model has now, and keep keys and values."""
+    """Run the tokens that all prompts share once, with whatever hooks the model has now; cache keys and values."""
     cache = empty_cache(model, 1)
     if len(tokens):
         run_blocks(model, embed(model, tokens[None].to(model.embed.W_E.device)), cache=cache)
@@ -114,21 +114,21 @@ def run_prefix(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> PrefixC
 
 
 def common_prefix(model: HookedTransformer, chats: Sequence[ChatTokens], share: bool = True) -> PrefixCache:
-    """The opening of these prompts; empty if `share` is False (then hooks see every position)."""
+    """The shared prefix of these prompts; empty if `share` is False (then hooks see every position)."""
     return run_prefix(model, chats[0].tokens[: shared_prefix_length(chats) if share else 0])
 
 
 def stack_rest(
     model: HookedTransformer, chats: Sequence[ChatTokens], indices: Sequence[int], offset: int
 ) -> Int[Tensor, "prompt pos"]:
-    """Tokens after the opening, of prompts of equal length, on the model's device."""
+    """Tokens after the shared prefix, of prompts of equal length, on the model's device."""
     return torch.stack([chats[index].tokens[offset:] for index in indices]).to(model.embed.W_E.device)
 
 
 def merge_caches(caches: Sequence[Cache]) -> tuple[Cache, Int[Tensor, "prompt all_pos"]]:
     """One cache of many, and its attention mask: shorter ones are padded on the LEFT and masked.
 
-    For generation only: rows of different length then go on token by token in one batch. Keys are kept before
+    For generation only: rows of different length then go on token by token in one batch. Keys are cached before
     rotation, and the blocks number positions by the mask, so that every row goes on as it would alone.
     """
     lengths = [cache[0].past_keys.shape[1] for cache in caches]

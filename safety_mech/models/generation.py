@@ -1,9 +1,8 @@
-"""Greedy generation with a key-value cache: prompts are read in batches of equal length, answers go on side by side.
+"""Greedy generation with a key-value cache.
 
-The tokens are the same as one by one.
-
-Rows that are finished leave the batch: at any of the tokens that end an answer (`end_tokens`), or as soon as a caller's
-`decided` says that their text is settled.
+Prompts are read in batches of equal length, and their answers go on side by side. Each answer has the tokens that it
+has alone. A finished row leaves the batch: at any token that ends an answer (`end_tokens`), or as soon as the caller's
+`decided` says that its text is settled.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -84,10 +83,10 @@ def generate_tokens(
     answers: list[list[int]] = [[] for _ in chats]
     bar = tqdm(total=len(chats), desc="answers", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
-        opening = common_prefix(model, chats)
-        lengths = [len(chat) - len(opening) for chat in chats]
+        prefix = common_prefix(model, chats)
+        lengths = [len(chat) - len(prefix) for chat in chats]
         for group in _groups(equal_length_batches(lengths, batch_tokens), ROWS):
-            started = [_read_prompts(model, opening, chats, rows) for rows in group]
+            started = [_read_prompts(model, prefix, chats, rows) for rows in group]
             found = continue_greedily(model, started, max_new_tokens, ends, decided)
             rows = [row for batch in group for row in batch]
             for row, answer in zip(rows, found, strict=True):
@@ -113,11 +112,11 @@ def _groups(batches: Iterable[list[int]], rows: int) -> Iterator[list[list[int]]
 
 
 def _read_prompts(
-    model: HookedTransformer, opening: PrefixCache, chats: Sequence[ChatTokens], rows: Sequence[int]
+    model: HookedTransformer, prefix: PrefixCache, chats: Sequence[ChatTokens], rows: Sequence[int]
 ) -> Started:
-    cache = opening.cache_for(len(rows), frozen=False)
-    tokens = stack_rest(model, chats, rows, len(opening))
-    resid = run_blocks(model, embed(model, tokens, len(opening)), cache=cache)
+    cache = prefix.cache_for(len(rows), frozen=False)
+    tokens = stack_rest(model, chats, rows, len(prefix))
+    resid = run_blocks(model, embed(model, tokens, len(prefix)), cache=cache)
     return cache, unembed_last(model, resid).argmax(dim=-1)
 
 
@@ -138,8 +137,8 @@ def continue_greedily(
         if not goes_on.any():
             break
         if not goes_on.all():
-            running, kept = running[goes_on], goes_on.to(mask.device)
-            cache, mask, chosen = keep_rows(cache, goes_on), mask[kept], chosen[kept]
+            running, rows = running[goes_on], goes_on.to(mask.device)
+            cache, mask, chosen = keep_rows(cache, goes_on), mask[rows], chosen[rows]
         offset, mask = mask.shape[1], torch.nn.functional.pad(mask, (0, 1), value=1)
         resid = run_blocks(model, embed(model, chosen[:, None], offset, mask), cache=cache, attention_mask=mask)
         chosen = unembed_last(model, resid).argmax(dim=-1)

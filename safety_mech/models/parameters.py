@@ -1,7 +1,7 @@
 """The seven projections of a Llama-like block, under TransformerLens' names and under transformers'.
 
-One table for everything that speaks both languages: low-rank adapters, export, and what "freeze a layer" means
-(the paper freezes and scales exactly these: q, k, v, o, gate, up, down; not norms, not biases).
+Low-rank adapters, export, freezing and scaling read this one table. The paper freezes and scales exactly these weights
+(q, k, v, o, gate, up, down), and neither norms nor biases.
 """
 
 from collections.abc import Iterator, Sequence

@@ -289,13 +289,13 @@ def test_check_context_counts_the_new_tokens() -> None:
         ([[1], [1, 2, 3]], 0),
     ],
 )
-def test_shared_opening_by_hand(rows: list[list[int]], expected: int) -> None:
+def test_shared_prefix_by_hand(rows: list[list[int]], expected: int) -> None:
     """At least one token of each prompt stays, also where one prompt is the beginning of another."""
     assert shared_prefix_length(chats_of(rows)) == expected
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=5))
-def test_shared_opening_is_the_longest_there_is(rows: list[list[int]]) -> None:
+def test_shared_prefix_is_the_longest_there_is(rows: list[list[int]]) -> None:
     shared = shared_prefix_length(chats_of(rows))
     assert len({tuple(row[:shared]) for row in rows}) == 1
     assert all(len(row) > shared for row in rows)
@@ -303,7 +303,7 @@ def test_shared_opening_is_the_longest_there_is(rows: list[list[int]]) -> None:
     assert not more_would_do
 
 
-def test_the_shared_opening_holds_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_shared_prefix_holds_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
     chats = encode_chat(tokenizer, QUESTIONS)
     shared = shared_prefix_length(chats)
     assert decode(tokenizer, chats[0].tokens[:shared]) == resolve_template(tokenizer).before

@@ -89,7 +89,7 @@ def test_phrase_tokens_are_the_tail_of_the_whole_conversation(family: Family, to
         assert str(tokenizer.decode(ids)).strip() == phrase
 
 
-def test_openings_are_scored_by_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_phrases_are_scored_by_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     scored = {
         (*chain.tokens[:depth], leaf)
         for chain in phrase_chains(tokenizer)

@@ -1,4 +1,4 @@
-"""Running blocks by hand gives what HookedTransformer.forward gives, with and without a shared opening."""
+"""Running blocks by hand gives what HookedTransformer.forward gives, with and without a shared prefix."""
 
 import pytest
 import torch
@@ -61,15 +61,15 @@ def test_blocks_can_be_run_in_two_goes(model, cut):
 
 
 @pytest.mark.parametrize("length", [0, 1, 6, 16])
-def test_blocks_on_top_of_an_opening_equal_the_whole_forward(model, length):
+def test_blocks_on_top_of_a_prefix_equal_the_whole_forward(model, length):
     tokens = some_tokens(model)
     tokens[:, :length] = tokens[0, :length]
-    opening = run_prefix(model, tokens[0, :length])
-    resid = run_blocks(model, embed(model, tokens[:, length:], length), cache=opening.cache_for(len(tokens)))
+    prefix = run_prefix(model, tokens[0, :length])
+    resid = run_blocks(model, embed(model, tokens[:, length:], length), cache=prefix.cache_for(len(tokens)))
     torch.testing.assert_close(resid, whole(model, tokens)[:, length:], **EXACT)
 
 
-def test_another_opening_gives_another_answer(model):
+def test_another_prefix_gives_another_answer(model):
     tokens = some_tokens(model)
     tokens[:, :6] = tokens[0, :6]
     other = run_prefix(model, tokens[0, :6].flip(0))
@@ -77,7 +77,7 @@ def test_another_opening_gives_another_answer(model):
     assert (resid - whole(model, tokens)[:, 6:]).abs().max() > 1e-4
 
 
-def test_learnt_positions_start_where_the_opening_ends():
+def test_learnt_positions_start_where_the_prefix_ends():
     model = build_tiny_model(**GPT2_STYLE)
     tokens = some_tokens(model)
     expected = model.W_E[tokens] + model.W_pos[5 : 5 + tokens.shape[1]]
@@ -100,20 +100,20 @@ def test_other_positions_are_refused(fresh_tiny_model, kind):
 def test_frozen_entries_serve_any_batch_and_stay_as_they_are(tiny_model):
     tokens = some_tokens(tiny_model, batch=5)
     tokens[:, :6] = tokens[0, :6]
-    opening = run_prefix(tiny_model, tokens[0, :6])
-    keys = [entry.past_keys.clone() for entry in opening.cache]
+    prefix = run_prefix(tiny_model, tokens[0, :6])
+    keys = [entry.past_keys.clone() for entry in prefix.cache]
     for rows in ([0, 1, 2, 3, 4], [2], [4, 0]):
-        entries = opening.cache_for(len(rows))
+        entries = prefix.cache_for(len(rows))
         for _ in range(2):  # the same entries a second time: they did not grow
             resid = run_blocks(tiny_model, embed(tiny_model, tokens[rows, 6:], 6), cache=entries)
             torch.testing.assert_close(resid, whole(tiny_model, tokens[rows])[:, 6:], rtol=0, atol=1e-5)
-    for entry, before in zip(opening.cache, keys, strict=True):
+    for entry, before in zip(prefix.cache, keys, strict=True):
         assert torch.equal(entry.past_keys, before)
 
 
 def test_entries_for_a_batch_are_views(tiny_model):
-    opening = run_prefix(tiny_model, some_tokens(tiny_model)[0])
-    for entry, own in zip(opening.cache_for(64), opening.cache, strict=True):
+    prefix = run_prefix(tiny_model, some_tokens(tiny_model)[0])
+    for entry, own in zip(prefix.cache_for(64), prefix.cache, strict=True):
         assert entry.past_keys.shape == (64, 17, 2, 4)
         assert entry.past_keys.data_ptr() == own.past_keys.data_ptr()
         assert entry.past_values.data_ptr() == own.past_values.data_ptr()
@@ -153,8 +153,8 @@ def test_rows_of_different_length_go_on_together_as_they_would_alone(style):
 def test_keep_rows_takes_the_rows_that_are_true(tiny_model):
     cache = empty_cache(tiny_model, batch=4)
     run_blocks(tiny_model, embed(tiny_model, some_tokens(tiny_model, batch=4)), cache=cache)
-    kept = keep_rows(cache, torch.tensor([True, False, False, True]))
-    for entry, own in zip(kept, cache, strict=True):
+    chosen = keep_rows(cache, torch.tensor([True, False, False, True]))
+    for entry, own in zip(chosen, cache, strict=True):
         assert torch.equal(entry.past_keys, own.past_keys[[0, 3]])
         assert torch.equal(entry.past_values, own.past_values[[0, 3]])
 
@@ -179,16 +179,16 @@ def test_unembed_last_norms_no_other_position(tiny_model):
     assert seen == [(3, 1, 16)]
 
 
-def test_common_opening_is_what_all_prompts_share(tiny_model, prompts):
+def test_common_prefix_is_what_all_prompts_share(tiny_model, prompts):
     chats = encode_chat(tiny_model.tokenizer, prompts)
-    opening = common_prefix(tiny_model, chats)
-    assert len(opening) == shared_prefix_length(chats) > 10
-    assert torch.equal(opening.tokens, chats[3].tokens[: len(opening)])
-    assert {entry.past_keys.shape[1] for entry in opening.cache} == {len(opening)}
+    prefix = common_prefix(tiny_model, chats)
+    assert len(prefix) == shared_prefix_length(chats) > 10
+    assert torch.equal(prefix.tokens, chats[3].tokens[: len(prefix)])
+    assert {entry.past_keys.shape[1] for entry in prefix.cache} == {len(prefix)}
     assert len(common_prefix(tiny_model, chats, share=False)) == 0
 
 
-def test_hooks_are_active_while_the_opening_runs(tiny_model, prompts):
+def test_hooks_are_active_while_the_prefix_runs(tiny_model, prompts):
     chats = encode_chat(tiny_model.tokenizer, prompts)
     plain = common_prefix(tiny_model, chats)
     with tiny_model.hooks([("blocks.1.hook_attn_out", lambda x, hook: 2 * x)]):
