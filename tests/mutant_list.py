@@ -29,11 +29,11 @@ class Mutant:
 
 MUTANTS = (
     Mutant(
-        "package_names_crossed",
+        "name_of_another_file",
         "__init__.py",
         "order",
-        "import is_degenerate, is_refusal",
-        "import is_degenerate as is_refusal, is_refusal as is_degenerate",
+        '"refusal.text": "is_degenerate is_refusal"',
+        '"refusal.log_odds": "is_degenerate is_refusal"',
         "package",
     ),
     # adapters
@@ -60,6 +60,13 @@ MUTANTS = (
         "ranges.log_odds(LayerRange(layer, layer)) - unchanged",
     ),
     # agreement
+    Mutant(
+        "one_tail_for_two",
+        "stats.py",
+        "threshold",
+        "[tail, 1 - tail], dtype=torch.float64), dim=0",
+        "[2 * tail, 1 - 2 * tail], dtype=torch.float64), dim=0",
+    ),
     Mutant("centre_hit_open", "stats.py", "bound", "<= found.centre <=", "< found.centre <"),
     Mutant(
         "tail_degrees_of_freedom",
@@ -102,7 +109,7 @@ MUTANTS = (
     # chat
     Mutant("question_starts_early", "chat.py", "bound", "if end > first and start < last", "if end >= first"),
     Mutant("opening_takes_all", "chat.py", "bound", "min(len(chat) for chat in chats) - 1", "min(map(len, chats))"),
-    Mutant("second_bos", "chat.py", "sign", "ids[:1] != [bos] and", "ids[:1] == [bos] and", "chat models"),
+    Mutant("second_bos", "chat.py", "sign", "ids[:1] != [bos] and", "ids[:1] == [bos] and", "chat conversion"),
     Mutant("shortest_first", "chat.py", "order", "sorted(by_length, reverse=True)", "sorted(by_length)"),
     Mutant("context_full", "chat.py", "bound", "len(chat) + new_tokens > n_ctx", "len(chat) + new_tokens >= n_ctx"),
     # command_line
@@ -241,9 +248,9 @@ MUTANTS = (
         "last_logits_uncapped",
         "forward.py",
         "threshold",
-        "apply_softcap(model.unembed(last), model.cfg.output_logits_soft_cap)",
-        "apply_softcap(model.unembed(last), -1.0)",
-        "forward generation skill",
+        "apply_softcap(model.unembed(final), model.cfg.output_logits_soft_cap)",
+        "apply_softcap(model.unembed(final), -1.0)",
+        "forward generation log_odds",
     ),
     # freeze
     Mutant("norms_frozen_too", "freeze.py", "sign", "(freeze_norms or not is_norm(name))", "(freeze_norms or True)"),
@@ -525,13 +532,6 @@ MUTANTS = (
     Mutant("openings_in_use_at_half", "log_odds.py", "threshold", "least: float = 0.01", "least: float = 0.5"),
     Mutant("openings_at_equality", "log_odds.py", "bound", "if share >= least)", "if share > least)"),
     Mutant("leaf_counted_twice", "log_odds.py", "undo", "counted.update(nodes)", "counted.update(())"),
-    Mutant(
-        "chain_logits_uncapped",
-        "log_odds.py",
-        "threshold",
-        "apply_softcap(model.unembed(final), model.cfg.output_logits_soft_cap)",
-        "apply_softcap(model.unembed(final), -1.0)",
-    ),
     # report
     Mutant(
         "refusal_before_degenerate",
@@ -561,7 +561,9 @@ MUTANTS = (
     # skill
     Mutant("words_not_stemmed", "capabilities.py", "threshold", "use_stemmer=True)", "use_stemmer=False)"),
     Mutant("answer_of_four", "capabilities.py", "bound", "0 <= answer < len(LETTERS)", "0 <= answer <= len(LETTERS)"),
-    Mutant("rouge_interval_of_90", "capabilities.py", "threshold", "[0.025, 0.975]", "[0.05, 0.95]"),
+    Mutant(
+        "rouge_interval_of_90", "capabilities.py", "threshold", "samples=bootstrap,", "samples=bootstrap, level=0.9,"
+    ),
     # tables
     Mutant(
         "runs_with_gaps",
@@ -584,11 +586,4 @@ MUTANTS = (
     # words
     Mutant("mark_joins_word", "word_classes.py", "bound", "max(shared, default=0) > 0", "max(shared, default=-1) >= 0"),
     Mutant("share_of_function_words", "word_classes.py", "axis", "self.shares[..., 1] / (", "self.shares[..., 0] / ("),
-    Mutant(
-        "mean_interval_too_narrow",
-        "word_classes.py",
-        "threshold",
-        "[(1 - level) / 2, (1 + level) / 2]",
-        "[1 - level, level]",
-    ),
 )
