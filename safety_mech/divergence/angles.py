@@ -40,7 +40,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from safety_mech.stats import resampled_counts
+from safety_mech.stats import percentiles, resampled_counts
 
 Angles = Float[Tensor, "layer prompt prompt"]
 Statistic = Literal["paper", "symmetric"]
@@ -226,15 +226,7 @@ def _tested(
     level: float,
 ) -> GapStatistic:
     gap = gap.reshape(samples.shape[1])
-    return GapStatistic(gap, *_interval(samples, level), *_p_values(gap, null), samples, null)
-
-
-def _interval(
-    samples: Float[Tensor, "sample layer"], level: float
-) -> tuple[Float[Tensor, " layer"], Float[Tensor, " layer"]]:
-    tail = (1 - level) / 2
-    low, high = torch.quantile(samples, torch.tensor([tail, 1 - tail], dtype=torch.float64), dim=0)
-    return low, high
+    return GapStatistic(gap, *percentiles(samples, level), *_p_values(gap, null), samples, null)
 
 
 def _check_sets(normal: Tensor, malicious: Tensor, paired: bool) -> None:
