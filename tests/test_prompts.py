@@ -390,12 +390,9 @@ MARKS = ["\u2028", "\u2029", "\x85", "\x0c", "\x1e"]
 """What `str.splitlines` takes for the end of a line, beside the line feed."""
 
 
-@pytest.mark.parametrize(
-    ("ending", "mark"),
-    [(ending, mark) for ending in ("csv", "json", "jsonl", "txt") for mark in MARKS],
-)
-def test_only_line_feeds_end_a_line(tmp_path: Path, ending: str, mark: str) -> None:
-    prompt = f"one{mark}two"
+@pytest.mark.parametrize("ending", ["csv", "json", "jsonl", "txt"])
+def test_only_line_feeds_end_a_line(tmp_path: Path, ending: str) -> None:
+    prompt = "".join(f"word{mark}" for mark in MARKS) + "end"
     text = json.dumps(prompt, ensure_ascii=False) if ending.startswith("json") else prompt
     text = f"[{text}]" if ending == "json" else text
     assert load_prompts(write_text(tmp_path, f"p.{ending}", text + "\n")) == [prompt]

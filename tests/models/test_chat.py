@@ -153,15 +153,15 @@ def test_the_last_token_is_the_same_for_all_prompts(
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize("question", QUESTIONS)
 def test_the_question_range_decodes_to_the_question(
-    tokenizer: PreTrainedTokenizerFast, template: str | Template, question: str
+    tokenizer: PreTrainedTokenizerFast, template: str | Template
 ) -> None:
-    chat = encode_chat(tokenizer, [question], template)[0]
     shape = resolve_template(tokenizer, template)
-    parts = (chat.tokens[: chat.question.start], chat.tokens[list(chat.question)], chat.tokens[chat.question.stop :])
-    assert tuple(decode(tokenizer, part) for part in parts) == (shape.before, question, shape.after)
-    assert len(chat) == len(chat.tokens)
+    for question, chat in zip(QUESTIONS, encode_chat(tokenizer, QUESTIONS, template), strict=True):
+        inside = chat.question
+        parts = (chat.tokens[: inside.start], chat.tokens[list(inside)], chat.tokens[inside.stop :])
+        assert tuple(decode(tokenizer, part) for part in parts) == (shape.before, question, shape.after)
+        assert len(chat) == len(chat.tokens)
 
 
 def test_a_token_that_joins_template_and_question_is_the_questions(tokenizer: PreTrainedTokenizerFast) -> None:
