@@ -122,7 +122,7 @@ def draw_pairs(split: str = "all", count: int | None = None, seed: int = 0) -> t
 
 
 def draw_rows(n_rows: int, count: int | None, clusters: Sequence[str] | None, seed: int) -> list[int]:
-    """Numbers of `count` of `n_rows` rows, in random order; all of them, in order, where there are no more.
+    """Numbers of `count` rows out of `n_rows`, in random order; of all rows, in order, where `count` is not smaller.
 
     Systematic sampling: clusters in random order, rows of a cluster in random order, then every (n_rows / count)-th
     row from a random start. Raises ValueError for a count below 1.

@@ -92,7 +92,7 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end
 
 
 def check_template_name(template: str | Template) -> None:
-    """Raise ValueError for a name that is no template: what can be checked before a model is loaded."""
+    """Raise ValueError for the name of an unknown template. It needs no model, so it can be called before loading."""
     known = ("own", *PLAIN_TEMPLATES)
     if isinstance(template, str) and template not in known:
         raise ValueError(f"template {template!r}: expected one of {', '.join(known)}")

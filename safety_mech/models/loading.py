@@ -110,8 +110,8 @@ _HARMLESS = (
     ".position_ids",
     "lm_head.weight",
 )
-"""Endings of names that old checkpoints hold and that are no part of the model: rotation frequencies, causal masks,
-positions, a tied unembedding. transformers works them out anew."""
+"""Endings of names that old checkpoints hold beside the weights: rotation frequencies, causal masks, positions, a tied
+unembedding. transformers computes them itself."""
 
 
 def _read_files(
