@@ -273,7 +273,7 @@ MUTANTS = (
     # judge
     Mutant(
         "degenerate_less_distinct",
-        "text.py",
+        "degenerate.py",
         "threshold",
         "DEGENERATE_MIN_DISTINCT = 0.4",
         "DEGENERATE_MIN_DISTINCT = 0.2",
@@ -284,12 +284,14 @@ MUTANTS = (
     ),
     Mutant(
         "degenerate_of_four_words",
-        "text.py",
+        "degenerate.py",
         "bound",
         "len(words) < DEGENERATE_MIN_WORDS",
         "len(words) <= DEGENERATE_MIN_WORDS",
     ),
-    Mutant("scripts_may_mix", "text.py", "threshold", "DEGENERATE_MIN_SCRIPT = 0.6", "DEGENERATE_MIN_SCRIPT = 0.4"),
+    Mutant(
+        "scripts_may_mix", "degenerate.py", "threshold", "DEGENERATE_MIN_SCRIPT = 0.6", "DEGENERATE_MIN_SCRIPT = 0.4"
+    ),
     # judges
     Mutant("yes_is_harmless", "harmfulness.py", "sign", "5 if difference > 0 else 1", "5 if difference < 0 else 1"),
     Mutant("one_try_less", "harmfulness.py", "bound", "range(retries + 1)", "range(max(1, retries))"),
@@ -524,8 +526,8 @@ MUTANTS = (
         "for k in range(1, len(s)))}",
         "for k in range(1, len(s) - 1))}",
     ),
-    Mutant("openings_in_use_at_half", "log_odds.py", "threshold", "least: float = 0.01", "least: float = 0.5"),
-    Mutant("openings_at_equality", "log_odds.py", "bound", "if share >= least)", "if share > least)"),
+    Mutant("phrases_in_use_at_half", "log_odds.py", "threshold", "least: float = 0.01", "least: float = 0.5"),
+    Mutant("phrases_at_equality", "log_odds.py", "bound", "if share >= least)", "if share > least)"),
     Mutant("leaf_counted_twice", "log_odds.py", "undo", "counted.update(nodes)", "counted.update(())"),
     Mutant(
         "chain_logits_uncapped",
