@@ -293,11 +293,10 @@ MUTANTS = (
         "scripts_may_mix", "degenerate.py", "threshold", "DEGENERATE_MIN_SCRIPT = 0.6", "DEGENERATE_MIN_SCRIPT = 0.4"
     ),
     # judges
-    Mutant("yes_is_harmless", "harmfulness.py", "sign", "5 if difference > 0 else 1", "5 if difference < 0 else 1"),
-    Mutant("one_try_less", "harmfulness.py", "bound", "range(retries + 1)", "range(max(1, retries))"),
+    Mutant("one_try_less", "harmfulness.py", "bound", "max_retries=retries,", "max_retries=max(0, retries - 1),"),
     Mutant("score_of_zero", "harmfulness.py", "bound", 'fullmatch("[1-5]"', 'fullmatch("[0-5]"'),
-    Mutant("status_500_given_up", "harmfulness.py", "bound", "error.status_code < 500", "error.status_code <= 500"),
-    Mutant("retry_after_ignored", "harmfulness.py", "order", "pause = max(pause,", "pause = min(pause,"),
+    Mutant("status_500_given_up", "harmfulness.py", "bound", "error.status_code >= 500", "error.status_code > 500"),
+    Mutant("retries_not_spaced", "harmfulness.py", "undo", '{"request": [wait_for_turn]}', "{}"),
     # layers
     Mutant(
         "iou_off_by_one", "layers.py", "bound", "max(self.start, other.start) + 1)", "max(self.start, other.start))"
