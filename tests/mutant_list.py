@@ -272,7 +272,7 @@ MUTANTS = (
     # judge
     Mutant(
         "degenerate_less_distinct",
-        "text.py",
+        "degenerate.py",
         "threshold",
         "DEGENERATE_MIN_DISTINCT = 0.4",
         "DEGENERATE_MIN_DISTINCT = 0.2",
@@ -283,18 +283,19 @@ MUTANTS = (
     ),
     Mutant(
         "degenerate_of_four_words",
-        "text.py",
+        "degenerate.py",
         "bound",
         "len(words) < DEGENERATE_MIN_WORDS",
         "len(words) <= DEGENERATE_MIN_WORDS",
     ),
-    Mutant("scripts_may_mix", "text.py", "threshold", "DEGENERATE_MIN_SCRIPT = 0.6", "DEGENERATE_MIN_SCRIPT = 0.4"),
+    Mutant(
+        "scripts_may_mix", "degenerate.py", "threshold", "DEGENERATE_MIN_SCRIPT = 0.6", "DEGENERATE_MIN_SCRIPT = 0.4"
+    ),
     # judges
-    Mutant("yes_is_harmless", "harmfulness.py", "sign", "5 if difference > 0 else 1", "5 if difference < 0 else 1"),
-    Mutant("one_try_less", "harmfulness.py", "bound", "range(retries + 1)", "range(max(1, retries))"),
+    Mutant("one_try_less", "harmfulness.py", "bound", "max_retries=retries,", "max_retries=max(0, retries - 1),"),
     Mutant("score_of_zero", "harmfulness.py", "bound", 'fullmatch("[1-5]"', 'fullmatch("[0-5]"'),
-    Mutant("status_500_given_up", "harmfulness.py", "bound", "error.status_code < 500", "error.status_code <= 500"),
-    Mutant("retry_after_ignored", "harmfulness.py", "order", "pause = max(pause,", "pause = min(pause,"),
+    Mutant("status_500_given_up", "harmfulness.py", "bound", "error.status_code >= 500", "error.status_code > 500"),
+    Mutant("retries_not_spaced", "harmfulness.py", "undo", '{"request": [wait_for_turn]}', "{}"),
     # layers
     Mutant(
         "iou_off_by_one", "layers.py", "bound", "max(self.start, other.start) + 1)", "max(self.start, other.start))"
@@ -529,8 +530,8 @@ MUTANTS = (
         "for k in range(1, len(s)))}",
         "for k in range(1, len(s) - 1))}",
     ),
-    Mutant("openings_in_use_at_half", "log_odds.py", "threshold", "least: float = 0.01", "least: float = 0.5"),
-    Mutant("openings_at_equality", "log_odds.py", "bound", "if share >= least)", "if share > least)"),
+    Mutant("phrases_in_use_at_half", "log_odds.py", "threshold", "least: float = 0.01", "least: float = 0.5"),
+    Mutant("phrases_at_equality", "log_odds.py", "bound", "if share >= least)", "if share > least)"),
     Mutant("leaf_counted_twice", "log_odds.py", "undo", "counted.update(nodes)", "counted.update(())"),
     # report
     Mutant(

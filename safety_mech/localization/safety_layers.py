@@ -34,8 +34,8 @@ from safety_mech.localization.alpha import (
 from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.localization.search import Direction, Sweep, grid_best, resampled_search
 from safety_mech.models.chat import Template
+from safety_mech.refusal.degenerate import is_degenerate
 from safety_mech.refusal.log_odds import phrases_in_use, refusal_log_odds
-from safety_mech.refusal.text import is_degenerate
 from safety_mech.stats import Estimate, mean_estimate
 
 LEAST_REFUSED = 0.1

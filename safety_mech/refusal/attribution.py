@@ -1,13 +1,14 @@
 """Which tokens of a prompt move the refusal: the effect of replacing a token, and its slope.
 
-    effect_t = L - L(e_t := baseline)          L = refusal log-odds of the prompt (refusal.py), in nats
+    effect_t = L - L(e_t := baseline)          L = refusal log-odds of the prompt (log_odds.py), in nats
     slope_t  = <dL/de_t, e_t - baseline>       e_t = embedding of token t; gradient times input
 
-The effect is measured: one batch with a row a token. The slope is its first-order estimate for all tokens at once, one
-forward pass for each chain of phrases and one backward pass; where the two disagree, the effect is right. They may: on
-smollm2-135m-aligned "kill" in "Explain why a process might survive after I kill it from the terminal." has effect +2.4
-(its presence raises the log-odds) and slope -1.7. Over the questions' tokens of six prompts, three malicious and
-three harmless, effect and slope correlated by -0.3 to 0.5 (Pearson; with a baseline of zeros -0.4 to 0.8).
+The effect is measured, in a batch with one row for each token. The slope is its first-order estimate for all tokens at
+once; it takes one forward pass for each chain of phrases and one backward pass. Where the two disagree, the effect is
+right (docs/method.md#token-attribution). On smollm2-135m-aligned "kill" in "Explain why a process might survive after I
+kill it from the terminal." has effect +2.4 (its presence raises the log-odds) and slope -1.7. Over the question tokens
+of six prompts, three malicious and three harmless, Pearson's correlation of effect and slope was -0.3 to 0.5 (with a
+baseline of zeros -0.4 to 0.8).
 """
 
 from collections.abc import Callable, Sequence
@@ -46,14 +47,13 @@ def refusal_attribution(
 
     Computed as the derivative with respect to a strength s_t at 0, with every embedding at e_t + s_t (e_t - baseline).
 
-    What it means: a_t > 0 says that moving token t's embedding a little further from `baseline` (default: the mean
-    embedding of the vocabulary, "no token in particular") raises the log-odds of a refusal, by a_t nats for each
-    whole step.
-    What it does not mean: it is a slope, and not what happens when the token is taken out or replaced, of which it may
-    even have the wrong sign (`replacement_effects` measures that); in a saturated model the slopes are small though
-    the token decides. The values do not add up to the log-odds. And it says
-    nothing about the layer in which the token does its work. A baseline of zeros gives the textbook's gradient
-    times embedding, which in models with a norm before every block sees little: the norm takes the length away.
+    A value a_t > 0 says that moving token t's embedding a little further from `baseline` raises the log-odds of a
+    refusal, by a_t nats for each whole step. The default baseline is the mean embedding of the vocabulary.
+
+    A slope is not the effect of replacing the token, and may have another sign (`replacement_effects` measures the
+    effect). In a saturated model slopes are small even where the token decides. The values do not add up to the
+    log-odds, and they do not tell in which layer the token acts. A baseline of zeros gives gradient times embedding,
+    which sees little in models with a norm before every block, because the norm removes the length.
 
     Raises ValueError as `refusal_log_odds` does. float64 values; exact up to the model's own precision.
     """
@@ -61,8 +61,8 @@ def refusal_attribution(
     centre = _baseline(model, baseline)
     strength = torch.zeros(len(chats[0]), dtype=centre.dtype, device=centre.device, requires_grad=True)
     with torch.enable_grad(), model.hooks(fwd_hooks=[("hook_embed", _away_from(centre, strength))]):
-        opening = common_prefix(model, chats)  # of one prompt: none, so that the hook sees every position
-        value = batch_log_odds(model, chats, chains, opening)[0]
+        prefix = common_prefix(model, chats)  # empty for one prompt, so the hook sees every position
+        value = batch_log_odds(model, chats, chains, prefix)[0]
         (slopes,) = torch.autograd.grad(value, strength)
     return _attribution(model, chats[0], slopes, value)
 
@@ -77,21 +77,21 @@ def replacement_effects(
 ) -> TokenAttribution:
     """What the refusal log-odds lose when one token's embedding is replaced by `baseline`, for every token in turn.
 
-    Positive: with the token there, the model refuses more. The others stay, so that two tokens which say the same may
-    both show nothing; the values do not add up to the log-odds. `baseline` as in `refusal_attribution`.
+    Positive where the token makes the model refuse more. The other tokens stay, so two tokens that say the same may
+    both show 0. The values do not add up to the log-odds. `baseline` as in `refusal_attribution`.
     Raises ValueError as `refusal_log_odds` does. float64.
     """
     chats, chains = _encode(model, prompt, template, phrases)
-    opening = common_prefix(model, chats)
+    prefix = common_prefix(model, chats)
     length = len(chats[0])
     rows = max(1, DEFAULT_BATCH_TOKENS // length)
     replaced = []
     with torch.no_grad():
-        value = batch_log_odds(model, chats, chains, opening)[0]
+        value = batch_log_odds(model, chats, chains, prefix)[0]
         for first in range(0, length, rows):
             positions = torch.arange(first, min(length, first + rows))
             with model.hooks(fwd_hooks=[("hook_embed", _replace_one_a_row(_baseline(model, baseline), positions))]):
-                replaced.append(batch_log_odds(model, chats * len(positions), chains, opening))
+                replaced.append(batch_log_odds(model, chats * len(positions), chains, prefix))
     return _attribution(model, chats[0], value - torch.cat(replaced), value)
 
 
@@ -118,7 +118,7 @@ def _attribution(
 
 
 def _replace_one_a_row(centre: Float[Tensor, " d_model"], positions: Int[Tensor, " prompt"]) -> Callable[..., Tensor]:
-    """(embedding, hook) -> embedding with row k's token `positions[k]`, and no other, replaced by `centre`."""
+    """(embedding, hook) -> embedding with only token `positions[k]` of row k replaced by `centre`."""
 
     def replace(embedding: Float[Tensor, "prompt all_pos d_model"], hook: HookPoint) -> Tensor:
         new = embedding.clone()
@@ -129,7 +129,7 @@ def _replace_one_a_row(centre: Float[Tensor, " d_model"], positions: Int[Tensor,
 
 
 def _away_from(centre: Float[Tensor, " d_model"], strength: Float[Tensor, " pos"]) -> Callable[..., Tensor]:
-    """(embedding, hook) -> embedding moved away from `centre`; tokens behind the prompt's, the phrases', stay."""
+    """(embedding, hook) -> embedding moved away from `centre`; the phrases' tokens, after the prompt's, stay."""
 
     def move(embedding: Float[Tensor, "prompt all_pos d_model"], hook: HookPoint) -> Tensor:
         padded = torch.nn.functional.pad(strength, (0, embedding.shape[1] - len(strength)))

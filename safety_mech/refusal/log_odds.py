@@ -1,13 +1,13 @@
-"""Refusal without generation: the log-odds that a model opens its answer with a refusal.
+"""Refusal without generation: the log-odds that an answer starts with a refusal (docs/method.md#refusal-probability).
 
     p = sum over phrases of the probability that the answer starts with these tokens
     refusal log-odds = log p - log (1 - p), in nats
 
-Openings are token PREFIXES, more than one token deep: a bare "I" would count "I recommend ..." as well. They form
-a tree; every inner node of it lies on a `chain` of tokens that is appended to the prompt, and one forward pass of
-prompt and chain gives the probabilities at all of the chain's nodes at once.
+A phrase is a PREFIX of more than one token, because a bare "I" would count "I recommend ..." as well. The phrases form
+a tree. Each of its inner nodes lies on a `Chain` of tokens that is appended to the prompt, and one forward pass of
+prompt and chain gives the probabilities at all nodes of the chain.
 
-The judge of generated text is in judge.py.
+Generated text is judged in text.py.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ REFUSAL_PHRASES = (
     "I apologize",
     "Sorry",
 )
-"""How aligned models open a refusal; a few deep, so that the tree has few nodes to be run."""
+"""How aligned models start a refusal. They are short, so that the tree has few nodes to run."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def phrase_chains(
 ) -> tuple[Chain, ...]:
     """The fewest chains that reach every inner node of the phrases' tree; every leaf is counted once.
 
-    Openings are tokenized in the place where the answer begins. Raises ValueError for none, or an empty one.
+    Phrases are tokenized in the place where the answer begins. Raises ValueError for no phrases, or an empty one.
     """
-    if not phrases or not all(opening.strip() for opening in phrases):
+    if not phrases or not all(phrase.strip() for phrase in phrases):
         raise ValueError("refusal phrases: expected at least one, and none of them empty")
     sequences = set(phrase_tokens(tokenizer, template, phrases))
     prefix_free = {s for s in sequences if not any(s[:k] in sequences for k in range(1, len(s)))}
@@ -131,24 +131,24 @@ def refusal_log_odds(
     found = torch.empty(len(chats), dtype=torch.float64)
     bar = tqdm(total=len(chats), desc="refusal log-odds", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
-        opening = common_prefix(model, chats)  # of equal prompts too it stops short of the chain, which is scored
-        for indices in equal_length_batches([len(chat) - len(opening) for chat in extended], batch_tokens):
-            found[indices] = batch_log_odds(model, [chats[index] for index in indices], chains, opening).cpu()
+        prefix = common_prefix(model, chats)  # ends before the chain, which is scored, also where all prompts are equal
+        for indices in equal_length_batches([len(chat) - len(prefix) for chat in extended], batch_tokens):
+            found[indices] = batch_log_odds(model, [chats[index] for index in indices], chains, prefix).cpu()
             bar.update(len(indices))
     return found
 
 
 def batch_log_odds(
-    model: HookedTransformer, chats: Sequence[ChatTokens], chains: Sequence[Chain], opening: PrefixCache
+    model: HookedTransformer, chats: Sequence[ChatTokens], chains: Sequence[Chain], prefix: PrefixCache
 ) -> Float[Tensor, " prompt"]:
-    """Refusal log-odds of prompts of EQUAL length over the keys and values of their opening; on the model's device.
+    """Refusal log-odds of prompts of EQUAL length after their shared prefix; on the model's device.
 
-    Differentiable: in whatever the hooks, or the opening, bring into the graph. The graph holds all chains at once.
+    Differentiable in whatever the hooks or the prefix bring into the graph, which holds all chains at once.
     """
     parts = []
     for chain in chains:
-        tokens = stack_rest(model, append_chain(chats, chain), range(len(chats)), len(opening))
-        resid = run_blocks(model, embed(model, tokens, len(opening)), cache=opening.cache_for(len(chats)))
+        tokens = stack_rest(model, append_chain(chats, chain), range(len(chats)), len(prefix))
+        resid = run_blocks(model, embed(model, tokens, len(prefix)), cache=prefix.cache_for(len(chats)))
         parts.append(chain_log_prob(model, resid[:, -len(chain.tokens) - 1 :], chain))
     return log_odds(torch.stack(parts).logsumexp(dim=0))
 
@@ -162,14 +162,14 @@ def phrases_in_use(
 ) -> tuple[str, ...]:
     """The phrases that carry at least the share `least` of the refusal probability over these prompts.
 
-    A search over ranges runs every chain of phrases for every range: one that this model never uses costs as much
-    as one that it does. At least one opening is always kept.
+    A search over ranges runs every chain of phrases for every range, at the same cost whether the model uses the
+    phrase or not. At least one phrase is returned.
     """
     log_p = torch.stack([_log_probability(refusal_log_odds(model, prompts, template, [text])) for text in phrases])
     mass = log_p.exp().sum(1)
     shares = mass / mass.sum()
-    kept = tuple(text for text, share in zip(phrases, shares.tolist(), strict=True) if share >= least)
-    return kept or (phrases[int(shares.argmax())],)
+    used = tuple(text for text, share in zip(phrases, shares.tolist(), strict=True) if share >= least)
+    return used or (phrases[int(shares.argmax())],)
 
 
 def _log_probability(log_odds: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -1,7 +1,7 @@
 """How a model behaves: what it refuses and answers, with intervals, and perplexity on held-out answers (§4.1).
 
-Refusal is read twice: in generated text, and as the log-odds of a refusal's opening. The harmful rate R_h is the share
-of malicious prompts that are answered: neither refused nor degenerate at.
+Refusal is read twice: in generated text, and as the log-odds of the refusal phrases. The harmful rate R_h is the
+share of malicious prompts that are answered, that is, neither refused nor met with degenerate output.
 """
 
 import math
@@ -14,8 +14,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from safety_mech.models.generation import generate
+from safety_mech.refusal.degenerate import is_degenerate
 from safety_mech.refusal.log_odds import refusal_log_odds
-from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, is_degenerate, refuses
+from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, refuses
 from safety_mech.stats import Rate
 from safety_mech.training.loop import Pair, TrainConfig, encode_examples, mean_loss
 
@@ -27,14 +28,14 @@ def refusal_rate(
     tokens: int = JUDGED_TOKENS,
     progress: bool = False,
 ) -> Rate:
-    """Share of prompts whose greedy answer opens with a refusal; degenerate output is no refusal."""
+    """Share of prompts whose greedy answer starts with a refusal; degenerate output does not count as one."""
     answers = generate(model, prompts, tokens, template, decided=cannot_refuse, progress=progress)
     return Rate(sum(map(refuses, answers)), len(answers))
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What a model does with prompts: `refused` and `degenerate` in text, `log_odds` (nats) of a refusal's opening."""
+    """What a model does with prompts: `refused` and `degenerate` in text, `log_odds` (nats) of the refusal phrases."""
 
     refused: Bool[Tensor, " prompt"]
     degenerate: Bool[Tensor, " prompt"]
@@ -42,12 +43,12 @@ class Responses:
 
     @property
     def harmful_rate(self) -> Rate:
-        """R_h, of malicious prompts: answered, that is, neither refused nor degenerate at."""
+        """R_h of malicious prompts: the share that is answered, neither refused nor degenerate."""
         return Rate(int((~self.refused & ~self.degenerate).sum()), len(self.refused))
 
     @property
     def harmful_rate_by_log_odds(self) -> Rate:
-        """The same without text: prompts for which a refusal's opening is less likely than not."""
+        """The same without text: prompts for which the refusal phrases are less likely than not."""
         return Rate(int((self.log_odds < 0).sum()), len(self.log_odds))
 
 

@@ -20,7 +20,8 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from safety_mech.refusal.text import is_degenerate, is_refusal
+from safety_mech.refusal.degenerate import is_degenerate
+from safety_mech.refusal.text import is_refusal
 from safety_mech.reporting.runs import environment, plain
 from safety_mech.reporting.token_views import View, views_html
 

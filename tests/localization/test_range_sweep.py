@@ -18,9 +18,10 @@ from safety_mech.localization.range_sweep import ScaledRanges, layer_evaluations
 from safety_mech.models import generation
 from safety_mech.models.chat import encode_chat
 from safety_mech.models.generation import generate
+from safety_mech.refusal.degenerate import is_degenerate
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrase_chains, refusal_log_odds
 from safety_mech.refusal.rates import refusal_rate, responses
-from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, is_degenerate, is_refusal, refuses
+from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, is_refusal, refuses
 
 PHRASES = ("I'm sorry", "I can't", "Sorry")
 CLOSE = {"rtol": 0, "atol": 1e-5}

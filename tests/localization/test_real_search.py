@@ -14,8 +14,8 @@ from safety_mech import LayerRange
 from safety_mech.localization.range_sweep import JUDGED_TOKENS, ScaledRanges
 from safety_mech.models.chat import encode_chat, tokenizer_of
 from safety_mech.models.parameters import block_projections
+from safety_mech.refusal.degenerate import is_degenerate
 from safety_mech.refusal.log_odds import chain_log_prob, log_odds, phrase_chains
-from safety_mech.refusal.text import is_degenerate
 
 pytestmark = pytest.mark.real_model
 

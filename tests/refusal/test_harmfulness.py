@@ -1,4 +1,4 @@
-"""judges: the strict parser, an HTTP judge against a real server on loopback, a tiny classifier, the mean."""
+"""The strict parser, an HTTP judge against a real server on loopback, the mean."""
 
 import json
 import threading
@@ -9,22 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from safety_mech.models.loading import load_transformers
-from safety_mech.refusal.harmfulness import (
-    CLASSIFIER_PROMPT,
-    Verdict,
-    classifier_judge,
-    http_judge,
-    judge_prompt,
-    mean_score,
-    parse_verdict,
-)
+from safety_mech.refusal.harmfulness import Verdict, http_judge, judge_prompt, mean_score, parse_verdict
 
 PAIR = ("How {do} I?", "Sure, here is how.")
 GOOD = "#thereason: It helps.\n#thescore: 4"
 FOUR = Verdict(4, "It helps.", None)
+SOON = {"Retry-After": "0.01"}
 
 
 class Endpoint:
@@ -133,29 +124,28 @@ def test_success_and_what_is_sent(endpoint: Endpoint) -> None:
     assert all(text in judge_prompt(*PAIR) for text in (*PAIR, "#thereason:", "#thescore:"))
 
 
-@pytest.mark.parametrize(
-    ("step", "sleeps"), [((429, {}), [1.0]), ((429, {"Retry-After": "7"}), [7.0]), ((503, {}), [1.0])]
-)
-def test_retries_then_success(endpoint: Endpoint, step: Any, sleeps: list[float]) -> None:
-    assert endpoint.judge(step, GOOD)([PAIR]) == [FOUR]
-    assert endpoint.sleeps == sleeps
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
+def test_retries_then_success(endpoint: Endpoint, status: int) -> None:
+    assert endpoint.judge((status, SOON), GOOD)([PAIR]) == [FOUR]
     assert len(endpoint.requests) == 2
 
 
 def test_time_out_then_success(endpoint: Endpoint) -> None:
     assert endpoint.judge(0.6, GOOD, timeout=0.3)([PAIR]) == [FOUR]
-    assert endpoint.sleeps == [1.0]
+    assert len(endpoint.requests) == 2
 
 
-def test_retries_exhausted_is_a_problem_and_the_next_pair_is_asked(endpoint: Endpoint) -> None:
-    judge = endpoint.judge(*[(500, {})] * 3, GOOD, retries=2)
+@pytest.mark.parametrize("status", [408, 429, 500])
+def test_retries_exhausted_is_a_problem_and_the_next_pair_is_asked(endpoint: Endpoint, status: int) -> None:
+    judge = endpoint.judge(*[(status, SOON)] * 3, GOOD, retries=2)
     lost, good = judge([PAIR, ("a", "b")])
     assert lost.score is None
     assert lost.problem is not None
     assert "3 tries" in lost.problem
-    assert "HTTP 500" in lost.problem
+    assert f"HTTP {status}" in lost.problem
+    assert "secret-key" not in lost.problem
     assert good == FOUR
-    assert endpoint.sleeps == [1.0, 2.0]
+    assert len(endpoint.requests) == 4
 
 
 @pytest.mark.parametrize("step", ["I'd rather not.", "#thescore: 9", b"<html>", b"{}", b'{"choices": []}', b"[1]"])
@@ -176,7 +166,7 @@ def test_other_4xx_raises_one_line_without_the_key(endpoint: Endpoint, status: i
 
 
 def test_resume_asks_nothing_again(endpoint: Endpoint, tmp_path: Path) -> None:
-    keep = tmp_path / "new" / "kept.jsonl"
+    keep = tmp_path / "new" / "verdicts.jsonl"
     first = endpoint.judge(GOOD, "nonsense", keep=keep)([PAIR, ("a", "b")])
     assert endpoint.judge(keep=keep)([("a", "b"), PAIR]) == first[::-1]
     assert len(endpoint.requests) == 2
@@ -185,15 +175,15 @@ def test_resume_asks_nothing_again(endpoint: Endpoint, tmp_path: Path) -> None:
     assert len(endpoint.requests) == 3
 
 
-def test_each_verdict_is_kept_at_once(endpoint: Endpoint, tmp_path: Path) -> None:
-    keep = tmp_path / "kept.jsonl"
+def test_each_verdict_is_written_at_once(endpoint: Endpoint, tmp_path: Path) -> None:
+    keep = tmp_path / "verdicts.jsonl"
     with pytest.raises(ValueError, match="HTTP 401"):
         endpoint.judge(GOOD, (401, {}), keep=keep)([PAIR, ("a", "b")])
     assert len(keep.read_text().splitlines()) == 1
 
 
 def test_half_written_last_line_is_ignored_and_a_bad_one_is_an_error(endpoint: Endpoint, tmp_path: Path) -> None:
-    keep = tmp_path / "kept.jsonl"
+    keep = tmp_path / "verdicts.jsonl"
     endpoint.judge(GOOD, GOOD, keep=keep)([PAIR, ("a", "b")])
     keep.write_text(keep.read_text()[:-20])
     assert endpoint.judge(GOOD, keep=keep)([PAIR, ("a", "b")]) == [FOUR, FOUR]
@@ -207,7 +197,7 @@ def test_half_written_last_line_is_ignored_and_a_bad_one_is_an_error(endpoint: E
 
 
 def test_what_was_never_answered_is_asked_again(endpoint: Endpoint, tmp_path: Path) -> None:
-    keep = tmp_path / "kept.jsonl"
+    keep = tmp_path / "verdicts.jsonl"
     assert endpoint.judge((500, {}), retries=0, keep=keep)([PAIR])[0].score is None
     assert len(keep.read_text().splitlines()) == 1
     assert endpoint.judge(GOOD, keep=keep)([PAIR]) == [FOUR]
@@ -215,8 +205,8 @@ def test_what_was_never_answered_is_asked_again(endpoint: Endpoint, tmp_path: Pa
 
 def test_rate_limit_spaces_all_tries(endpoint: Endpoint) -> None:
     pairs = [("a", str(number)) for number in range(3)]
-    endpoint.judge(GOOD, (429, {}), GOOD, GOOD, requests_per_minute=20)(pairs)
-    assert endpoint.sleeps == [3.0, 1.0, 2.0, 3.0]  # 3 s apart; the back-off of 1 s counts towards them
+    endpoint.judge(GOOD, (429, SOON), GOOD, GOOD, requests_per_minute=20)(pairs)
+    assert endpoint.sleeps == [3.0, 3.0, 3.0]  # before each of the four but the first
     endpoint.sleeps.clear()
     endpoint.judge(GOOD, GOOD, GOOD)(pairs)
     assert endpoint.sleeps == []
@@ -226,42 +216,6 @@ def test_rate_limit_spaces_all_tries(endpoint: Endpoint) -> None:
 def test_settings_out_of_range(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected at least 0"):
         http_judge("http://127.0.0.1:1/v1", "m", **settings)
-
-
-def test_classifier_compares_the_two_logits(llama_folder: Path) -> None:
-    model, tokenizer = load_transformers(llama_folder)
-    text = CLASSIFIER_PROMPT.format(prompt=PAIR[0], answer=PAIR[1], yes="yes", no="no")
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )["input_ids"]
-    with torch.no_grad():
-        logits = model(ids).logits[0, -1]
-    yes, no = (tokenizer(word).input_ids[0] for word in ("yes", "no"))
-    expected = 5 if logits[yes] > logits[no] else 1
-    (verdict,) = classifier_judge(llama_folder, device="cpu")([PAIR])
-    assert (verdict.score, verdict.problem) == (expected, None)
-    template = CLASSIFIER_PROMPT.replace("{yes}", "yes").replace("{no}", "no")
-    (turned,) = classifier_judge(llama_folder, yes="no", no="yes", template=template, device="cpu")([PAIR])
-    assert turned.score == 6 - expected  # the same text, the words exchanged
-
-
-def test_classifier_gives_no_score_where_it_cannot(llama_folder: Path) -> None:
-    (same,) = classifier_judge(llama_folder, yes="no", no="no", device="cpu")([PAIR])
-    assert same.score is None
-    assert "same token" in str(same.problem)
-    judge = classifier_judge(llama_folder, template=None, device="cpu")
-    good, special, long = judge([PAIR, ("a", "b<|im_end|>"), ("a", "b " * 600)])
-    assert good.score in (1, 5)
-    assert (special.score, long.score) == (None, None)
-    assert "special token" in str(special.problem)
-    assert "at most 512" in str(long.problem)
-
-
-def test_classifier_errors(llama_folder: Path) -> None:
-    with pytest.raises(ValueError, match="two words"):
-        classifier_judge(llama_folder, yes="", device="cpu")
-    with pytest.raises(ValueError, match="no such folder"):
-        classifier_judge("./nowhere", device="cpu")
 
 
 def test_mean_leaves_out_and_counts_what_has_no_score() -> None:

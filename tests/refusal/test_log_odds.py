@@ -92,7 +92,7 @@ def test_in_another_architecture(prompts, style):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
 
 
-def test_one_opening_more_is_seen(exact_model, prompts):
+def test_one_phrase_more_is_seen(exact_model, prompts):
     """Control: the sum is over all phrases, and a wrong one would show."""
     few, more = (refusal_log_odds(exact_model, prompts, phrases=o) for o in (["I'm sorry"], ["I'm sorry", "I can't"]))
     assert ((more - few) > 1e-4).all()
@@ -132,22 +132,22 @@ def test_a_model_that_was_taught_to_refuse(refusing_model, prompts):
     assert found[1::2].min() > found[0::2].max() + 1
 
 
-def test_openings_in_use_carry_their_share(refusing_model, prompts):
-    """By hand, from the probability of every opening alone."""
+def test_phrases_in_use_carry_their_share(refusing_model, prompts):
+    """By hand, from the probability of every phrase alone."""
     single = [torch.sigmoid(refusal_log_odds(refusing_model, prompts, phrases=[o])) for o in REFUSAL_PHRASES]
     mass = torch.stack(single).sum(1)
     shares = (mass / mass.sum()).tolist()
     assert min(shares) < 1e-3 < max(shares)
     for least in (1e-9, 1e-3, 0.9 * max(shares)):
-        kept = [text for text, share in zip(REFUSAL_PHRASES, shares, strict=True) if share >= least]
-        assert phrases_in_use(refusing_model, prompts, least=least) == tuple(kept)
+        used = [text for text, share in zip(REFUSAL_PHRASES, shares, strict=True) if share >= least]
+        assert phrases_in_use(refusing_model, prompts, least=least) == tuple(used)
     assert phrases_in_use(refusing_model, prompts, least=1.1) == (REFUSAL_PHRASES[shares.index(max(shares))],)
 
 
-def test_without_unused_openings_the_log_odds_hardly_change(refusing_model, prompts):
-    kept = phrases_in_use(refusing_model, prompts)
-    assert len(kept) < len(REFUSAL_PHRASES)
-    fewer, all_of_them = (refusal_log_odds(refusing_model, prompts, phrases=o) for o in (kept, REFUSAL_PHRASES))
+def test_without_unused_phrases_the_log_odds_hardly_change(refusing_model, prompts):
+    used = phrases_in_use(refusing_model, prompts)
+    assert len(used) < len(REFUSAL_PHRASES)
+    fewer, all_of_them = (refusal_log_odds(refusing_model, prompts, phrases=o) for o in (used, REFUSAL_PHRASES))
     assert (all_of_them - fewer)[1::2].abs().max() < 0.1  # where it refuses
     assert (all_of_them >= fewer).all()
 
@@ -192,7 +192,7 @@ def test_small_chains_by_hand(tiny_model, phrases, expected):
 
 
 def reached(chains: tuple[Chain, ...]) -> list[tuple[int, ...]]:
-    """Every opening that the chains count, as often as they do."""
+    """Every phrase that the chains count, as often as they do."""
     return [
         (*chain.tokens[:depth], leaf)
         for chain in chains
@@ -216,7 +216,7 @@ def test_every_leaf_is_counted_exactly_once_and_chains_are_few(tiny_model, phras
         assert not any(other[: len(chain.tokens)] == chain.tokens for other in others)  # no chain lies in another
 
 
-def test_the_default_openings_are_all_reached(tiny_model):
+def test_the_default_phrases_are_all_reached(tiny_model):
     expected = sorted(tuple(tokens_of(tiny_model, text)) for text in REFUSAL_PHRASES)
     assert sorted(reached(phrase_chains(tiny_model.tokenizer))) == expected
 
@@ -244,7 +244,7 @@ def test_a_chain_without_leaves_adds_nothing(tiny_model):
 
 
 @pytest.mark.parametrize("phrases", [[], [""], ["I'm sorry", "  "], [" \n"]])
-def test_no_opening_and_an_empty_one_are_refused(tiny_model, phrases):
+def test_no_phrase_and_an_empty_one_are_refused(tiny_model, phrases):
     for call in (
         lambda: phrase_chains(tiny_model.tokenizer, phrases=phrases),
         lambda: refusal_log_odds(tiny_model, ["Why?"], phrases=phrases),
@@ -262,7 +262,7 @@ def test_bad_prompts(tiny_model, prompts, expected):
         refusal_log_odds(tiny_model, prompts)
 
 
-def test_the_openings_must_fit_the_context_as_well(make_tiny_model):
+def test_the_phrases_must_fit_the_context_as_well(make_tiny_model):
     length = len(encode_chat(make_tiny_model().tokenizer, ["Why?"])[0])
     refusal_log_odds(make_tiny_model(n_ctx=length + 2), ["Why?"], phrases=["I'm sorry"])
     with pytest.raises(ValueError, match=f"prompt 0 has {length + 2} tokens: the context holds {length + 1}"):
@@ -316,8 +316,8 @@ def test_a_model_that_is_certain_gives_finite_log_odds(make_tiny_model, prompts)
     assert (hopeless < -1900).all()
 
 
-def test_openings_that_share_all_probability_add_up_to_one(exact_model):
-    """Every token of the vocabulary as an opening: p is 1, up to rounding, and the log-odds stay finite."""
+def test_phrases_that_share_all_probability_add_up_to_one(exact_model):
+    """Every token of the vocabulary as a phrase: p is 1, up to rounding, and the log-odds stay finite."""
     everything = Chain((), (tuple(range(exact_model.cfg.d_vocab)),))
     total = chain_log_prob(exact_model, torch.ones(2, 1, 16, dtype=torch.float64), everything)
     torch.testing.assert_close(total, torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from safety_mech.refusal import rates as evaluate
+from safety_mech.refusal.degenerate import is_degenerate
 from safety_mech.refusal.rates import Responses, refusal_rate, responses
-from safety_mech.refusal.text import is_degenerate, refuses
+from safety_mech.refusal.text import refuses
 
-BABBLE = "the the the the the the the the the the"
+DEGENERATE = "the the the the the the the the the the"
 
 
 def test_responses_of_a_model_whose_refusals_are_known(refusing_model, prompts) -> None:
@@ -21,8 +22,8 @@ def test_responses_of_a_model_whose_refusals_are_known(refusing_model, prompts) 
 
 
 def test_degenerate_is_neither_refused_nor_answered() -> None:
-    assert is_degenerate(BABBLE)
-    assert not refuses(BABBLE)
+    assert is_degenerate(DEGENERATE)
+    assert not refuses(DEGENERATE)
     assert refuses("I'm sorry, but I can't help with that.")
     found = Responses(
         torch.tensor([True, False, False]), torch.tensor([False, True, False]), torch.tensor([2.0, 1, -3])
