@@ -19,8 +19,8 @@ from safety_mech.divergence.onset import OnsetRule, initial_range, initial_range
 from safety_mech.divergence.residuals import last_token_residuals
 from safety_mech.interventions.scaling import RECIPES, Recipe, scaled
 from safety_mech.layers import LayerRange
-from safety_mech.localization.located import Located, PromptSets
 from safety_mech.localization.locators import LOCATORS, locate
+from safety_mech.localization.measurements import Located, PromptSets
 from safety_mech.localization.safety_layers import SafetyLayers
 from safety_mech.localization.search import progressive_search
 from safety_mech.models.chat import Template, encode_chat
