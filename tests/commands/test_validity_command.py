@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,8 @@ import torch
 
 import safety_mech as sm
 from safety_mech.commands import validity
+from safety_mech.divergence.angles import GapStatistic
+from safety_mech.divergence.controls import Matched
 
 
 @pytest.fixture
@@ -69,17 +70,16 @@ def test_without_a_base_the_same_numbers_twice(config_for):
     assert "base" not in first
 
 
-def curves(gap: float, spread: float, null: float) -> Any:
-    """What `survivals` reads of a ModelCurves: one layer, three draws."""
+def curves(gap: float, spread: float, null: float) -> validity.ModelCurves:
+    """One layer, three draws."""
 
-    def curve(at: float) -> Any:
-        draws = torch.tensor([[at - spread], [at], [at + spread]]).double()
-        return SimpleNamespace(gap=torch.tensor([at]).double(), samples=draws, null=torch.full((5, 1), null).double())
+    def curve(at: float) -> GapStatistic:
+        low, middle, high = (torch.tensor([value]).double() for value in (at - spread, at, at + spread))
+        draws, shuffled = torch.stack([low, middle, high]), torch.full((5, 1), null).double()
+        return GapStatistic(middle, low, high, torch.zeros(1).double(), 0.0, draws, shuffled)
 
     topics = torch.full((4, 1), 3 * null).double()
-    return SimpleNamespace(
-        raw=curve(gap), pairs=curve(gap / 2), matched=curve(gap / 4), halves=topics, single=2 * topics
-    )
+    return validity.ModelCurves(curve(gap), curve(gap / 2), curve(gap / 4), halves=topics, single=2 * topics)
 
 
 def test_what_is_left_by_hand():
@@ -100,7 +100,7 @@ def test_what_is_left_by_hand():
     assert rows[1].left.low < rows[1].left.value < rows[1].left.high
 
 
-def test_the_statistic_is_that_of_all_controls(config_for, monkeypatch):
+def test_the_statistic_is_that_of_all_controls(config_for, tiny_model, monkeypatch):
     """Every curve and null of `measure` is the one that was asked for, from the same residual streams."""
     generator = torch.Generator().manual_seed(0)
     streams = {}
@@ -112,8 +112,10 @@ def test_the_statistic_is_that_of_all_controls(config_for, monkeypatch):
 
     monkeypatch.setattr(sm, "last_token_residuals", residuals)
     sets = validity.check_and_load(config_for())
-    matched = SimpleNamespace(pairs=((0, 1), (1, 0), (2, 2)))
-    found = {name: validity.measure(None, sets, matched, config_for(statistic=name)) for name in ("paper", "symmetric")}
+    matched = Matched(((0, 1), (1, 0), (2, 2)), 0.0, 0.0, 0.0, 0.0)
+    found = {
+        name: validity.measure(tiny_model, sets, matched, config_for(statistic=name)) for name in ("paper", "symmetric")
+    }
     curve = sm.gap_curve(
         *(residuals(None, part) for part in (sets.normal, sets.malicious)), bootstrap=5, permutations=5
     )
