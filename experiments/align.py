@@ -19,8 +19,9 @@ import safety_mech as sm
 from safety_mech.commands.command_line import run
 from safety_mech.models.sources import find_source
 from safety_mech.prompts import prompt_hash, sample
-from safety_mech.refusal.rates import Rate, perplexity, refusal_rate
+from safety_mech.refusal.rates import perplexity, refusal_rate
 from safety_mech.reporting.runs import cached_json, check_writable, content_hash, environment, plain, write_json
+from safety_mech.stats import Rate
 from safety_mech.training.alignment import AlignConfig, own_answer_pairs, refusal_pairs
 from safety_mech.training.loop import Pair, TrainRecord, fine_tune
 from safety_mech.training.lora import is_adapter_parameter, low_rank_adapters, matrices_in_bfloat16, save_adapter

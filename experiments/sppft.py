@@ -36,13 +36,13 @@ from safety_mech.models.chat import check_template_name
 from safety_mech.models.loading import check_device
 from safety_mech.models.sources import DTYPES, find_source, model_fingerprint
 from safety_mech.prompts import Drawn, draw, prompt_hash, sample
-from safety_mech.refusal.rates import Rate, Responses, perplexity, refusal_rate, responses
+from safety_mech.refusal.rates import Responses, perplexity, refusal_rate, responses
 from safety_mech.refusal.text import JUDGED_TOKENS
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page
 from safety_mech.reporting.plots import plot_dose
 from safety_mech.reporting.runs import cached_json, check_writable, content_hash, safe_name, write_run
-from safety_mech.stats import Estimate
+from safety_mech.stats import Estimate, Rate
 from safety_mech.training.alignment import REFUSALS, refusal_pairs
 from safety_mech.training.attack_cost import (
     attack_cost,

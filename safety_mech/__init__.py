@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from safety_mech.interventions.directions import ablated, added, difference_of_means
     from safety_mech.interventions.scaling import RECIPES, Recipe, scaled
     from safety_mech.layers import LayerRange
-    from safety_mech.localization.located import Located, PromptSets
     from safety_mech.localization.locators import LOCATORS, locate
+    from safety_mech.localization.measurements import Located, PromptSets
     from safety_mech.localization.patching import patch_pairs
     from safety_mech.localization.safety_layers import SafetyLayers
     from safety_mech.localization.search import progressive_search
@@ -38,8 +38,9 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
     from safety_mech.models.loading import load_model
     from safety_mech.prompts import PromptPair, load_pairs, load_prompts
     from safety_mech.refusal.attribution import refusal_attribution
+    from safety_mech.refusal.degenerate import is_degenerate
     from safety_mech.refusal.log_odds import refusal_log_odds
-    from safety_mech.refusal.text import is_degenerate, is_refusal
+    from safety_mech.refusal.text import is_refusal
     from safety_mech.reporting.plots import (
         plot_attention,
         plot_contrastive_pair,
@@ -60,8 +61,8 @@ _NAMES = {
     "interventions.directions": "ablated added difference_of_means",
     "interventions.scaling": "RECIPES Recipe scaled",
     "layers": "LayerRange",
-    "localization.located": "Located PromptSets",
     "localization.locators": "LOCATORS locate",
+    "localization.measurements": "Located PromptSets",
     "localization.patching": "patch_pairs",
     "localization.safety_layers": "SafetyLayers",
     "localization.search": "progressive_search",
@@ -70,8 +71,9 @@ _NAMES = {
     "models.loading": "load_model",
     "prompts": "PromptPair load_pairs load_prompts",
     "refusal.attribution": "refusal_attribution",
+    "refusal.degenerate": "is_degenerate",
     "refusal.log_odds": "refusal_log_odds",
-    "refusal.text": "is_degenerate is_refusal",
+    "refusal.text": "is_refusal",
     "reporting.plots": "plot_attention plot_contrastive_pair plot_gap plot_grid plot_sweeps plot_word_shares",
     "training.loop": "TrainConfig TrainRecord fine_tune",
     "training.methods": "sppft",

@@ -27,13 +27,13 @@ from safety_mech.commands.command_line import run
 from safety_mech.commands.measuring import in_own_process, pad_left
 from safety_mech.interventions.scaling import check_alpha
 from safety_mech.layers import LayerRange
-from safety_mech.localization.range_sweep import JUDGED_TOKENS, ScaledRanges, layer_evaluations
+from safety_mech.localization.range_sweep import ScaledRanges, layer_evaluations
 from safety_mech.models.chat import ChatTokens, decode_answer, encode_chat
 from safety_mech.models.loading import load_transformers
 from safety_mech.models.sources import find_source
 from safety_mech.prompts import draw, prompt_hash
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrases_in_use
-from safety_mech.refusal.text import refuses
+from safety_mech.refusal.text import JUDGED_TOKENS, refuses
 from safety_mech.reporting.runs import check_writable, write_run
 
 Returned = TypeVar("Returned")

@@ -4,7 +4,7 @@ Both need the model before alignment, which a user of somebody else's model seld
 locators that do without it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -13,10 +13,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
 from safety_mech.layers import LayerRange
-from safety_mech.localization.range_sweep import ScaledRanges
-from safety_mech.models.chat import Template
 from safety_mech.models.parameters import replaced
-from safety_mech.refusal.log_odds import REFUSAL_PHRASES
 
 
 def weight_change(model: HookedTransformer, base: HookedTransformer) -> Float[Tensor, " layer"]:
@@ -27,7 +24,7 @@ def weight_change(model: HookedTransformer, base: HookedTransformer) -> Float[Te
     changes = []
     for layer in range(model.cfg.n_layers):
         moved, size = 0.0, 0.0
-        for (_, ours), (_, theirs) in zip(*_parameters(model, base, layer), strict=True):
+        for (_, ours), (_, theirs) in zip(*paired_parameters(model, base, layer), strict=True):
             if ours.ndim > 1:
                 moved += float((ours.data - theirs.data).double().square().sum())
                 size += float(theirs.data.double().square().sum())
@@ -46,41 +43,19 @@ def swapped(model: HookedTransformer, base: HookedTransformer, layers: LayerRang
     pairs = [
         (ours, theirs.data)
         for layer in layers
-        for (_, ours), (_, theirs) in zip(*_parameters(model, base, layer), strict=True)
+        for (_, ours), (_, theirs) in zip(*paired_parameters(model, base, layer), strict=True)
     ]
     with replaced(pairs):
         yield model
 
 
-def _parameters(
+def paired_parameters(
     model: HookedTransformer, base: HookedTransformer, layer: int
 ) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
+    """A layer's named parameters in both models, in one order; ValueError for models of different shapes."""
     if model.cfg.n_layers != base.cfg.n_layers:
         raise ValueError(f"model and base have {model.cfg.n_layers} and {base.cfg.n_layers} layers: not its base")
     ours, theirs = (sorted(part.blocks[layer].named_parameters()) for part in (model, base))
     if [(name, p.shape) for name, p in ours] != [(name, p.shape) for name, p in theirs]:
         raise ValueError(f"layer {layer} of model and base has parameters of different shapes: not its base")
     return ours, theirs
-
-
-def swap_losses(
-    model: HookedTransformer,
-    base: HookedTransformer,
-    prompts: Sequence[str],
-    template: str | Template = "own",
-    phrases: Sequence[str] = REFUSAL_PHRASES,
-) -> Float[Tensor, "prompt layer"]:
-    """What every prompt's refusal log-odds (nats) lose when one layer is the base's; prefixes kept (METHOD 5).
-
-    A layer that is the base's to the last bit loses nothing, and is not run.
-    """
-    ranges = ScaledRanges(
-        model, prompts, 1.0, template=template, phrases=phrases, change=lambda layers: swapped(model, base, layers)
-    )
-    unchanged = ranges.log_odds(None)
-    lost = torch.zeros(len(prompts), model.cfg.n_layers, dtype=torch.float64)
-    for layer in range(model.cfg.n_layers):
-        pairs = zip(*_parameters(model, base, layer), strict=True)
-        if not all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in pairs):
-            lost[:, layer] = unchanged - ranges.log_odds(LayerRange(layer, layer))
-    return lost

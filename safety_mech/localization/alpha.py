@@ -7,14 +7,14 @@ At every alpha of a list the progressive search runs anew. Two rules then choose
     paper   the first alpha at which the rate's standard deviation over the lower sweep reaches 2.5 %, which is
             15-20 of the paper's 721 prompts
 
-Too near 1 nothing moves; too far the model's output is degenerate. A ratio of signal to noise cannot tell where that
-is: near 1 the effect and its noise shrink together, so the ratio stays what it is while no answer changes.
+Too near 1 nothing moves; too far the model's output is degenerate. A ratio of signal to noise does not show where:
+near 1 the effect and its noise shrink together, and their ratio stays while no answer changes.
 
     v[r, p]   refusal of prompt p with range r scaled (a probability, or 0 and 1), d[r, p] = v[r, p] - mean over ranges
     spread^2 = sum over r of (m[r]^2 - var(m[r])) / (R - 1)      m[r] = mean over prompts of d[r, p]
     p-value    sign flips: the d of a cluster of prompts (one word, one topic) change sign together
 
-var(m[r]) comes from the differences between clusters. Sign flips keep what neighbouring ranges have in common.
+var(m[r]) comes from the differences between clusters. Sign flips preserve what neighbouring ranges have in common.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -26,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safety_mech.layers import LayerRange
-from safety_mech.localization.search import Direction, NotFiniteError, SearchResult, group_numbers, progressive_search
+from safety_mech.localization.search import Direction, NotFiniteError, SearchResult, progressive_search
+from safety_mech.stats import group_numbers
 
 Cell = Callable[[LayerRange], Float[Tensor, " prompt"]]
 """From a range to every prompt's refusal with that range scaled: a probability, or 0 and 1."""

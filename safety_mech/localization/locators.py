@@ -1,6 +1,6 @@
 """Many ways to locate the safety layers, under one signature: (model, prompts) -> range, with per-layer scores.
 
-    LOCATORS["margin"](model, PromptSets(normal, malicious, over_rejection)).range
+    LOCATORS["decision_window"](model, PromptSets(normal, malicious, pairs=pairs)).range
 
 | method | what it looks at | per-layer score |
 |---|---|---|
@@ -8,18 +8,16 @@
 | search, search_below, search_weights | the paper's scaling search, from there | share of bootstrap answers with it |
 | grid | the best of all ranges, by the paper's measure | refusals with the layer scaled alone, minus unscaled |
 | direction | where harmful and harmless come apart along the difference of means | growth of d' from the layer before |
-| patching | layer outputs exchanged between twins | change of log-odds, nats |
-| decision | the stream exchanged between twins: where the last token first has the decision | share that arrives |
+| patching | layer outputs exchanged within contrastive pairs | change of log-odds, nats |
+| decision | the stream exchanged within pairs: where the last token first has the decision | share that arrives |
 | decision_window | the same, and three layers before it, which write what it reads | share that arrives |
-| margin, margin_attn, margin_mlp | slope of the margin by the layer's scale (margin.py) | nats per unit of scale |
-| margin_scaled | the same by really scaling, 0.8 and 1.2 | nats per unit of scale |
+| margin_attn | slope of the margin by the scale on a layer's attention output (slopes.py) | nats per unit of scale |
 
 With the base model at hand (`base_locators(base)`): gap_difference, weight_change, swap.
 
-Ranges: gap, search and grid have rules of their own, which are the paper's, and so have decision and decision_window
-(`first_run`); all others take the one of segments.py.
-The paper's search always answers here, also where `locate_by_scaling` would say that there is nothing to find, and
-the middle third of the model is where it starts if there is no gap: both is said in `detail`.
+Gap, search, grid, decision and decision_window have rules of their own for the range; all others take the one of
+segments.py. The paper's search always answers here, also where `locate_by_scaling` would find nothing. Without a gap it
+starts from the middle third of the model. `detail` says both. See docs/method.md#locators.
 """
 
 from collections import Counter
@@ -32,23 +30,21 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from safety_mech.divergence.angles import GapCurve, gap_curve, gap_difference
+from safety_mech.divergence.angles import GapCurve, gap_difference
 from safety_mech.divergence.onset import DIFFERENCE_RULE, initial_range, initial_range_samples
-from safety_mech.divergence.residuals import last_token_residuals
 from safety_mech.interventions.directions import separation
-from safety_mech.interventions.weight_swap import swap_losses, weight_change
+from safety_mech.interventions.weight_swap import weight_change
 from safety_mech.layers import LayerRange
-from safety_mech.localization.located import Located, Locator, PromptSets, measured_once
-from safety_mech.localization.patching import Patching, Positions, equal_length_pairs, patch_pairs
+from safety_mech.localization.measurements import AnyLocator, Located, Locator, Measurements, PromptSets
 from safety_mech.localization.safety_layers import SafetyLayers, direction_of, locate_by_scaling
 from safety_mech.localization.search import grid_best
 from safety_mech.localization.segments import best_ranges, best_segment
-from safety_mech.localization.slopes import PARTS, finite_slopes, log_odds_slopes, margin
+from safety_mech.localization.slopes import PARTS, log_odds_slopes, margin
+from safety_mech.localization.sufficiency import swap_losses
 from safety_mech.stats import group_numbers, mean_estimate, middle_third, resampled_counts
 
 SAMPLES = 200
 """Bootstrap samples of prompts."""
-FINITE_ALPHAS = (0.8, 1.2)
 SEARCH_WINDOW = 4
 DECISION_SHARE = 0.1
 """A layer in which at least this share of the decision arrives is where it is made."""
@@ -59,79 +55,81 @@ DECISION_LEAD = 3
 design organisms of planted.py (0.22, 0.44, 0.67, 0.69, 0.67, 0.67), fixed before any other one was looked at."""
 
 
-def locate_by_gap(model: HookedTransformer, prompts: PromptSets) -> Located:
+def locate_by_gap(measured: Measurements) -> Located:
     """The paper's initial range, by the rule of onset.py."""
-    curve = _curve(model, prompts)
+    curve = measured.curve
     return Located("gap", initial_range(curve), curve.gap, initial_range_samples(curve), f"p = {curve.p_any:.3f}")
 
 
-def locate_by_search(
-    model: HookedTransformer, prompts: PromptSets, method: str, recipe: str, above: bool = True
-) -> Located:
+def locate_by_search(measured: Measurements, method: str, recipe: str, above: bool = True) -> Located:
     """The paper's progressive search; its last best range, whether beyond noise or not."""
-    found, detail = _search(model, prompts, recipe, above, grid=False)
+    found, detail = _search(measured, recipe, above, grid=False)
     if found.sweeps is None:
         raise ValueError(found.reason)
     total = max(1, found.samples.total())
-    held = [sum(count for r, count in found.samples.items() if layer in r) / total for layer in _layers(model)]
-    return Located(method, found.sweeps[1].best, _scores(held), _counted(found.samples), detail)
+    layers = range(measured.n_layers)
+    held = [sum(count for r, count in found.samples.items() if layer in r) / total for layer in layers]
+    scores = torch.tensor(held, dtype=torch.float64)
+    return Located(method, found.sweeps[1].best, scores, Counter({**found.samples}), detail)
 
 
-def locate_by_grid(model: HookedTransformer, prompts: PromptSets) -> Located:
+def locate_by_grid(measured: Measurements) -> Located:
     """The best of all ranges, of any width."""
-    found, detail = _search(model, prompts, "attn_out", above=True, grid=True)
+    found, detail = _search(measured, "attn_out", above=True, grid=True)
     if found.grid is None or found.alpha is None or found.baseline is None:
         raise ValueError(found.reason)
     direction = direction_of(found.alpha.alpha)
-    numbers = group_numbers(found.grid.shape[-1], prompts.clusters)
-    counts = resampled_counts(SAMPLES, max(numbers) + 1, _generator(prompts))[:, numbers]
+    numbers = group_numbers(found.grid.shape[-1], measured.prompts.clusters)
+    counts = resampled_counts(SAMPLES, max(numbers) + 1, _generator(measured))[:, numbers]
     means = found.grid @ (counts / counts.sum(1, keepdim=True)).T
     samples = Counter(grid_best(mean[..., None], direction) for mean in means.unbind(-1))
     alone = found.grid.diagonal().mean(0) - found.baseline.mean()
     return Located("grid", grid_best(found.grid, direction), alone, samples, detail)
 
 
-def locate_by_direction(model: HookedTransformer, prompts: PromptSets) -> Located:
+def locate_by_direction(measured: Measurements) -> Located:
     """Where d' of the held-out projection on the difference of means grows; layer 0 has no layer before it: 0."""
-    normal, malicious = _residuals(model, prompts)
-    found = separation(normal, malicious, seed=prompts.seed)
+    found = separation(*measured.residuals, seed=measured.prompts.seed)
     growth = torch.cat([torch.zeros(1).double(), found.d_prime.diff()])
     detail = f"AUC at least {float(found.auc.min()):.2f}, at most {float(found.auc.max()):.2f}"
     return _by_segment("direction", growth, detail=detail)
 
 
-def locate_by_patching(model: HookedTransformer, prompts: PromptSets) -> Located:
-    """Twins of equal token length, layer outputs at the last token exchanged; mean of both ways."""
-    patched, detail = _patched(model, prompts, what="layer")
-    effect = patched.effect.T
-    return _by_segment("patching", effect.mean(0), _resampled(effect, prompts, _generator(prompts)), detail)
+def locate_by_patching(measured: Measurements) -> Located:
+    """Contrastive pairs of equal token length, layer outputs at the last token exchanged; mean of both ways."""
+    effect = measured.patched("layer").effect.T
+    return _by_segment("patching", effect.mean(0), _resampled(effect, _generator(measured)), _pairs_used(measured))
 
 
-def locate_by_decision(model: HookedTransformer, prompts: PromptSets, method: str, lead: int = 0) -> Located:
-    """The residual stream at the prompt's last token (and the refusal's, behind it) exchanged between twins after every
-    layer: where the effect first grows.
+def locate_by_decision(measured: Measurements, method: str, lead: int = 0) -> Located:
+    """Where exchanging the residual stream within contrastive pairs first moves the refusal.
 
-    After the last layer the whole difference between twins is exchanged, before the first nothing is; what a layer
-    adds is the share of the decision that reaches the last token there. Later layers add to it, too, in models where
-    only early ones were trained to refuse: the first to do so is where it is made. `lead`: layers before it that are
-    added, as far as there are any; what reaches the last token there was written at other positions before.
+    After every layer, the stream at the prompt's last token and at the refusal's tokens behind it is exchanged. Before
+    the first layer nothing differs; after the last one the whole difference within pairs is exchanged. What a layer
+    adds to the effect is the share of the decision that reaches the last token there. Later layers add to it as well,
+    also in models where only early ones were trained to refuse. So the decision is made in the first layers that do.
+    `lead`: that many layers before them are added, as far as there are any: they write what the last token reads.
 
-    The scores are shares of the whole decision, the mean difference between twins. Where noise reaches that (its
-    DECISION_LEVEL interval over pairs is not above 0) shares mean nothing: then there is no answer, and the scores are
+    The scores are shares of the whole decision, the mean difference within pairs. Where noise reaches that (its
+    DECISION_LEVEL interval over pairs is not above 0) shares mean nothing. Then there is no answer, and the scores are
     in nats.
     """
-    patched, detail = _patched(model, prompts, what="resid", positions="answer")
-    added = patched.effect.diff(dim=0, prepend=torch.zeros_like(patched.effect[:1])).T.double()
-    total = mean_estimate(added.sum(1).tolist(), level=DECISION_LEVEL, seed=prompts.seed)
+    effect, detail, seed = measured.patched("resid", "answer").effect, _pairs_used(measured), measured.prompts.seed
+    added = effect.diff(dim=0, prepend=torch.zeros_like(effect[:1])).T.double()
+    total = mean_estimate(added.sum(1).tolist(), level=DECISION_LEVEL, seed=seed)
     if not total.low > 0:
-        reason = f"twins do not differ beyond noise: {total} nats"
+        reason = f"the two sides of a pair do not differ beyond noise: {total} nats"
         return Located(method, None, added.mean(0), Counter(), f"{detail}; {reason}")
     shares = added.mean(0) / added.mean(0).sum()
-    samples = _resampled(added, prompts, _generator(prompts))
+    samples = _resampled(added, _generator(measured))
     answers = Counter(led_by(_decided_in(row), lead) for row in samples)
     found = led_by(_decided_in(added.mean(0)), lead)
     held = float(shares[found.start : found.end + 1].sum()) if found else 0.0
     return Located(method, found, shares, answers, f"{detail}; {held:.0%} of the decision arrives there")
+
+
+def _pairs_used(measured: Measurements) -> str:
+    return f"{len(measured.pairs)} of {len(measured.prompts.pairs)} pairs are of equal token length"
 
 
 def _decided_in(added: Float[Tensor, " layer"]) -> LayerRange | None:
@@ -156,74 +154,55 @@ def first_run(scores: Float[Tensor, " layer"], least: float) -> LayerRange | Non
     return LayerRange(enough[0], end)
 
 
-def locate_by_margin(
-    model: HookedTransformer, prompts: PromptSets, method: str, parts: Sequence[str] = PARTS
-) -> Located:
-    """Slope of the margin by the scale on a layer's outputs; of several parts their sum, that of both at once."""
-    prompts = prompts.with_phrases(model)
-    chosen = [PARTS.index(part) for part in parts]
-
-    def measure() -> list[Float[Tensor, "prompt part layer"]]:
-        sets = (prompts.malicious, prompts.normal)
-        return [log_odds_slopes(model, texts, prompts.template, _phrases(prompts)) for texts in sets]
-
-    slopes = [part[:, chosen].sum(1) for part in measured_once(("slopes",), model, prompts, measure)]
-    return _by_margin(method, slopes[0], slopes[1], prompts)
+def locate_by_margin(measured: Measurements) -> Located:
+    """Slope of the margin by the scale on a layer's attention output."""
+    prompts, part = measured.prompts, PARTS.index("attn_out")
+    malicious, normal = (
+        log_odds_slopes(measured.model, texts, prompts.template, measured.phrases)[:, part]
+        for texts in (prompts.malicious, prompts.normal)
+    )
+    return _by_margin("margin_attn", malicious, normal, measured)
 
 
-def locate_by_scaled_margin(model: HookedTransformer, prompts: PromptSets) -> Located:
-    """Finite slope of the margin: each layer's outputs scaled alone; the mean over FINITE_ALPHAS."""
-    prompts = prompts.with_phrases(model)
-
-    def slopes(texts: Sequence[str]) -> Float[Tensor, "prompt layer"]:
-        parts = [
-            finite_slopes(model, texts, alpha, template=prompts.template, phrases=_phrases(prompts))
-            for alpha in FINITE_ALPHAS
-        ]
-        return torch.stack(parts).mean(0)
-
-    return _by_margin("margin_scaled", slopes(prompts.malicious), slopes(prompts.normal), prompts)
-
-
-LOCATORS: dict[str, Locator] = {
-    "gap": locate_by_gap,
-    "search": partial(locate_by_search, method="search", recipe="attn_out"),
-    "search_below": partial(locate_by_search, method="search_below", recipe="attn_out", above=False),
-    "search_weights": partial(locate_by_search, method="search_weights", recipe="weights"),
-    "grid": locate_by_grid,
-    "direction": locate_by_direction,
-    "patching": locate_by_patching,
-    "decision": partial(locate_by_decision, method="decision"),
-    "decision_window": partial(locate_by_decision, method="decision_window", lead=DECISION_LEAD),
-    "margin": partial(locate_by_margin, method="margin"),
-    "margin_attn": partial(locate_by_margin, method="margin_attn", parts=("attn_out",)),
-    "margin_mlp": partial(locate_by_margin, method="margin_mlp", parts=("mlp_out",)),
-    "margin_scaled": locate_by_scaled_margin,
+LOCATORS: dict[str, AnyLocator] = {
+    "gap": Locator(locate_by_gap),
+    "search": Locator(partial(locate_by_search, method="search", recipe="attn_out")),
+    "search_below": Locator(partial(locate_by_search, method="search_below", recipe="attn_out", above=False)),
+    "search_weights": Locator(partial(locate_by_search, method="search_weights", recipe="weights")),
+    "grid": Locator(locate_by_grid),
+    "direction": Locator(locate_by_direction),
+    "patching": Locator(locate_by_patching),
+    "decision": Locator(partial(locate_by_decision, method="decision")),
+    "decision_window": Locator(partial(locate_by_decision, method="decision_window", lead=DECISION_LEAD)),
+    "margin_attn": Locator(locate_by_margin),
 }
 """Locators that need no base model; a researcher adds one in a line."""
 
+BASE_METHODS = ("gap_difference", "weight_change", "swap")
+"""Those of `base_locators`."""
 
-def base_locators(base: HookedTransformer) -> dict[str, Locator]:
+
+def base_locators(base: HookedTransformer) -> dict[str, AnyLocator]:
     """Locators that compare with the model before alignment, under the same signature."""
 
-    def gap_of_difference(model: HookedTransformer, prompts: PromptSets) -> Located:
-        difference = gap_difference(_curve(model, prompts), _curve(base, prompts))
+    def gap_of_difference(measured: Measurements) -> Located:
+        difference = gap_difference(measured.curve, Measurements(base, measured.prompts).curve)
         samples = initial_range_samples(difference)
         detail = f"p = {difference.p_any:.3f}"
         return Located("gap_difference", initial_range(difference), difference.gap, samples, detail)
 
-    def weights(model: HookedTransformer, prompts: PromptSets) -> Located:
-        return _by_segment("weight_change", weight_change(model, base))
+    def weights(measured: Measurements) -> Located:
+        return _by_segment("weight_change", weight_change(measured.model, base))
 
-    def swap(model: HookedTransformer, prompts: PromptSets) -> Located:
-        prompts = prompts.with_phrases(model)
-        lost = [
-            swap_losses(model, base, texts, prompts.template, _phrases(prompts))
+    def swap(measured: Measurements) -> Located:
+        prompts = measured.prompts
+        malicious, normal = (
+            swap_losses(measured.model, base, texts, prompts.template, measured.phrases)
             for texts in (prompts.malicious, prompts.normal)
-        ]
-        return _by_margin("swap", lost[0], lost[1], prompts)
+        )
+        return _by_margin("swap", malicious, normal, measured)
 
-    return {"gap_difference": gap_of_difference, "weight_change": weights, "swap": swap}
+    return dict(zip(BASE_METHODS, map(Locator, (gap_of_difference, weights, swap)), strict=True))
 
 
 @overload
@@ -276,45 +255,13 @@ def locate(
 # --- what locators share ----------------------------------------------------------------------------------------------
 
 
-def _patched(
-    model: HookedTransformer, prompts: PromptSets, what: str, positions: Positions = "last"
-) -> tuple[Patching, str]:
-    prompts = prompts.with_phrases(model)
-    twins = equal_length_pairs(model, prompts.pairs, prompts.template) if prompts.pairs else []
-    if len(twins) < 2:
-        raise ValueError(f"patching: {len(twins)} pairs with twins of equal token length: expected at least 2")
-    found = measured_once(
-        ("patched", what, positions),
-        model,
-        prompts,
-        lambda: patch_pairs(model, twins, prompts.template, _phrases(prompts), what=what, positions=positions),
-    )
-    return found, f"{len(twins)} of {len(prompts.pairs)} pairs are of equal token length"
-
-
-def _residuals(
-    model: HookedTransformer, prompts: PromptSets
-) -> tuple[Float[Tensor, "normal layer d_model"], Float[Tensor, "malicious layer d_model"]]:
-    normal, malicious = (
-        last_token_residuals(model, texts, prompts.template) for texts in (prompts.normal, prompts.malicious)
-    )
-    return normal, malicious
-
-
-def _curve(model: HookedTransformer, prompts: PromptSets) -> GapCurve:
-    return measured_once(("curve",), model, prompts, lambda: gap_curve(*_residuals(model, prompts), seed=prompts.seed))
-
-
-def _search(
-    model: HookedTransformer, prompts: PromptSets, recipe: str, above: bool, grid: bool
-) -> tuple[SafetyLayers, str]:
+def _search(measured: Measurements, recipe: str, above: bool, grid: bool) -> tuple[SafetyLayers, str]:
+    prompts = measured.prompts
     if not prompts.over_rejection:
         raise ValueError("the scaling search needs over-rejection prompts, and none were given")
-    prompts = prompts.with_phrases(model)
-    curve = _curve(model, prompts)
-    start, source = _starting_range(curve)
+    start, source = _starting_range(measured.curve)
     found = locate_by_scaling(
-        model,
+        measured.model,
         prompts.normal,
         prompts.malicious,
         prompts.over_rejection,
@@ -323,9 +270,9 @@ def _search(
         template=prompts.template,
         window=SEARCH_WINDOW,
         whole_grid=grid,
-        curve=curve,
+        curve=measured.curve,
         initial=start,
-        phrases=_phrases(prompts),
+        phrases=measured.phrases,
         clusters=prompts.clusters,
         samples=SAMPLES,
         seed=prompts.seed,
@@ -358,36 +305,20 @@ def _by_segment(
 
 
 def _by_margin(
-    method: str, malicious: Float[Tensor, "malicious layer"], normal: Float[Tensor, "normal layer"], prompts: PromptSets
+    method: str,
+    malicious: Float[Tensor, "malicious layer"],
+    normal: Float[Tensor, "normal layer"],
+    measured: Measurements,
 ) -> Located:
-    generator = _generator(prompts)
-    samples = _resampled(malicious, prompts, generator) - _resampled(normal, prompts, generator)
+    generator = _generator(measured)
+    samples = _resampled(malicious, generator) - _resampled(normal, generator)
     return _by_segment(method, margin(malicious, normal), samples)
 
 
-def _resampled(
-    values: Float[Tensor, "prompt layer"], prompts: PromptSets, generator: torch.Generator
-) -> Float[Tensor, "sample layer"]:
+def _resampled(values: Float[Tensor, "prompt layer"], generator: torch.Generator) -> Float[Tensor, "sample layer"]:
     """Means over prompts drawn with replacement."""
     return resampled_counts(SAMPLES, len(values), generator) @ values.double() / len(values)
 
 
-def _phrases(prompts: PromptSets) -> tuple[str, ...]:
-    assert prompts.phrases is not None
-    return prompts.phrases
-
-
-def _generator(prompts: PromptSets) -> torch.Generator:
-    return torch.Generator().manual_seed(prompts.seed)
-
-
-def _counted(answers: Counter[LayerRange]) -> Counter[LayerRange | None]:
-    return Counter({**answers})
-
-
-def _layers(model: HookedTransformer) -> range:
-    return range(model.cfg.n_layers)
-
-
-def _scores(values: Sequence[float]) -> Float[Tensor, " layer"]:
-    return torch.tensor(values, dtype=torch.float64)
+def _generator(measured: Measurements) -> torch.Generator:
+    return torch.Generator().manual_seed(measured.prompts.seed)

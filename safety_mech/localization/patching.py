@@ -1,12 +1,13 @@
-"""Activation patching between twins: what one layer writes for the harmless prompt, put into the harmful one, and back.
+"""Activation patching within contrastive pairs: a layer's output for the harmless prompt in the harmful run, and back.
 
-Twins (prompts.py) share their sentence frame. Those of equal token length are lined up position by position; one
-layer's output of the one twin then takes the place of the other's, and the refusal log-odds are read again. A layer
-whose output alone carries "this is harmful" lowers them in the harmful twin and raises them in the harmless one.
+The two prompts of a contrastive pair (prompts.py) share their sentence frame. Where they have equally many tokens, they
+are lined up position by position. One layer's output in one run then replaces its output in the other, and the refusal
+log-odds are read again. A layer whose output alone carries "this is harmful" lowers them in the harmful run and raises
+them in the harmless one.
 
-What is patched is a layer's CONTRIBUTION to the residual stream (attention output, MLP output, or both, which is
-resid_post - resid_pre), not the stream itself: the stream at the last token holds all layers before it, so that its
-curve can only rise and says from where on everything is there, not who wrote it. That one is there too, as "resid".
+What is patched is a layer's CONTRIBUTION to the residual stream: attention output, MLP output, or both, which is
+resid_post - resid_pre. The stream itself ("resid") holds all layers before it. Its curve says from which layer on
+everything is there, not which layer wrote it.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,18 +35,18 @@ PATCHES: dict[str, tuple[str, ...]] = {
 """Hook points of a block whose activation is exchanged."""
 
 Positions = Literal["last", "answer", "all"]
-"""last: the prompt's last token. answer: that one and the tokens of the refusal's opening behind it, which are the same
-in both twins. all: every position after the opening that all prompts share (where twins are equal anyway)."""
+"""last: the prompt's last token. answer: that one and the refusal phrase's tokens behind it, which both runs share.
+all: every position after the shared prefix (in which the runs are equal anyway)."""
 
 PATCH_BATCH_TOKENS = 2048
-"""Tokens of both twins a batch: the residual stream before, and the output of, every layer is kept of them."""
+"""Tokens of both prompts a batch; residual stream and output of every layer are stored for each."""
 
 
 @dataclass(frozen=True)
 class Patching:
-    """Refusal log-odds (nats) of twins as they are, and with one layer's output exchanged.
+    """Refusal log-odds (nats) of contrastive pairs as they are, and with one layer's output exchanged.
 
-    `lost`: what the harmful twin loses by the harmless one's output; `gained`: the reverse; `effect`: their mean.
+    `lost`: what the harmful prompt loses by the harmless one's output; `gained`: the reverse; `effect`: their mean.
     """
 
     malicious: Float[Tensor, " pair"]
@@ -69,7 +70,7 @@ class Patching:
 def equal_length_pairs(
     model: HookedTransformer, pairs: Sequence[PromptPair], template: str | Template = "own"
 ) -> list[PromptPair]:
-    """Those pairs whose twins have the same number of tokens: only they can be lined up."""
+    """Those pairs whose two prompts have the same number of tokens: only they can be lined up."""
     tokenizer = tokenizer_of(model)
     sides = [[pair.malicious for pair in pairs], [pair.normal for pair in pairs]]
     malicious, normal = (encode_chat(tokenizer, side, template) for side in sides)
@@ -87,15 +88,15 @@ def patch_pairs(
     batch_tokens: int = PATCH_BATCH_TOKENS,
     progress: bool = False,
 ) -> Patching:
-    """Exchange one layer's output between twins, layer by layer, both ways.
+    """Exchange one layer's output within contrastive pairs, layer by layer, both ways.
 
-    1. run both twins once, over the keys and values of the opening that all prompts share; keep the residual stream
-       before, and the output of, every layer;
-    2. for every layer k: run block k on the kept stream with the other twin's output, then blocks k+1..end.
+    1. run both prompts once, over the cached keys and values of the shared prefix; store the residual stream before,
+       and the output of, every layer;
+    2. for every layer k: run block k on the stored stream with the other prompt's output, then blocks k+1..end.
 
-    So layers before k are never run again: n (n + 1) / 2 blocks instead of n^2. Nor are positions before the first
-    that is exchanged, for which nothing changes: their keys and values are kept. float64, on the CPU.
-    Raises ValueError for no pairs, twins of unequal token length (naming the pair), or an unknown `what`.
+    Layers before k are never run again: n (n + 1) / 2 blocks instead of n^2. Positions before the first that is
+    exchanged do not change; their keys and values are cached. float64, on the CPU.
+    Raises ValueError for no pairs, pairs of unequal token length (naming the first), or an unknown `what`.
     """
     if what not in PATCHES:
         raise ValueError(f"what = {what!r}: expected one of {', '.join(PATCHES)}")
@@ -112,14 +113,14 @@ def patch_pairs(
     log_p = torch.full((1 + model.cfg.n_layers, 2, len(pairs)), -torch.inf, dtype=torch.float64)
     bar = tqdm(total=len(pairs) * len(chains), desc="patching", unit="pair", disable=not progress)
     with torch.no_grad(), bar:
-        opening = common_prefix(model, [*malicious, *normal])
+        prefix = common_prefix(model, [*malicious, *normal])
         for chain in chains:
             sides = [append_chain(side, chain) for side in (malicious, normal)]
-            lengths = [2 * (len(chat) - len(opening)) for chat in sides[0]]
+            lengths = [2 * (len(chat) - len(prefix)) for chat in sides[0]]
             for rows in equal_length_batches(lengths, batch_tokens):
-                tokens = torch.cat([stack_rest(model, side, rows, len(opening)) for side in sides])
-                cache = opening.cache_for(len(tokens), frozen=False)
-                found = _patched_batch(model, tokens, len(opening), cache, chain, PATCHES[what], positions)
+                tokens = torch.cat([stack_rest(model, side, rows, len(prefix)) for side in sides])
+                cache = prefix.cache_for(len(tokens), frozen=False)
+                found = _patched_batch(model, tokens, len(prefix), cache, chain, PATCHES[what], positions)
                 log_p[:, :, rows] = torch.logaddexp(log_p[:, :, rows], found.unflatten(1, (2, -1)))
                 bar.update(len(rows))
     values = log_odds(log_p)
@@ -135,9 +136,9 @@ def _patched_batch(
     points: Sequence[str],
     positions: Positions,
 ) -> Float[Tensor, "row prompt"]:
-    """log p of the chain's phrases: row 0 unpatched, row 1 + k with layer k exchanged. Twin of row i: i + half.
+    """log p of the chain's phrases: row 0 unpatched, row 1 + k with layer k exchanged. Pairs: rows i, i + half.
 
-    `cache`: the opening's, unfrozen; it is extended by the positions before the first that is exchanged.
+    `cache`: the shared prefix's, unfrozen; it is extended by the positions before the first that is exchanged.
     """
     n_read = 1 + len(chain.tokens)
     first = 0 if positions == "all" else tokens.shape[1] - n_read
@@ -149,7 +150,7 @@ def _patched_batch(
     tokens, offset = tokens[:, first:], offset + first
     outputs: dict[str, Tensor] = {}
 
-    def keep(activation: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> None:
+    def store(activation: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> None:
         outputs[str(hook.name)] = activation
 
     def read(resid: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, " prompt"]:
@@ -158,7 +159,7 @@ def _patched_batch(
     n_layers = model.cfg.n_layers
     names = [[f"blocks.{layer}.{point}" for point in points] for layer in range(n_layers)]
     before = [embed(model, tokens, offset)]
-    with model.hooks(fwd_hooks=[(name, keep) for of_layer in names for name in of_layer]):
+    with model.hooks(fwd_hooks=[(name, store) for of_layer in names for name in of_layer]):
         for layer in range(n_layers):
             before.append(run_blocks(model, before[-1], layer, layer + 1, cache))
     rows = [read(before[-1])]

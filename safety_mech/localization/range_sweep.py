@@ -1,10 +1,12 @@
-"""What scaling a range does to refusals, with everything kept that scaling leaves as it was (METHOD 5).
+"""What scaling a range does to refusals: many ranges of one model, whose common work is done once.
 
-Scaling layers [i, j] changes nothing before layer i, and the state after scaled layers i..j is a prefix of the state
-after i..j+1. So the unscaled residual stream is kept at the layers where ranges start, a sweep of the upper bound
-extends one scaled state layer by layer and branches off into unscaled layers, and a full (i, j) grid over L layers
-costs about L^3/6 layer evaluations instead of L^3/2. The template's opening is run once for all prompts, scaled
-where they are. The results are those of the full forward.
+Scaling layers [i, j] changes nothing before layer i, and the run with i..j+1 scaled passes through the state after
+scaled layers i..j. So three things are shared (docs/method.md#prefix-sharing):
+- the unscaled residual stream before the layers where ranges start is stored;
+- ranges with one start extend one scaled state layer by layer, and only the unscaled layers behind it run anew;
+- the template's tokens before the prompts, the shared prefix, run once for all prompts, scaled as they are.
+A full (i, j) grid over L layers costs about L^3/6 layer evaluations instead of L^3/2. The results are those of the full
+forward.
 
 Two measures:
 - `log_odds`, `probability`: refusal of every prompt (refusal/log_odds.py), without generation;
@@ -44,7 +46,7 @@ from safety_mech.refusal.log_odds import REFUSAL_PHRASES, Chain, append_chain, c
 from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, refuses
 
 MEMORY_BUDGET = 2**30
-"""Bytes of unscaled residual stream that are kept, at most; beyond it every second, third, ... layer is."""
+"""Bytes of unscaled residual stream to store at most; beyond it only every second, third, ... layer is stored."""
 
 Entries = list[CacheEntry]
 """Keys and values of one layer, one entry a batch."""
@@ -61,38 +63,42 @@ class _Batch:
 
 @dataclass
 class _State:
-    """The residual stream before one layer: of the opening (batch of one) and of every batch."""
+    """The residual stream before one layer: of the shared prefix (batch of one) and of every batch."""
 
-    opening: Tensor
+    prefix: Tensor
     batches: list[Tensor]
 
     @property
     def bytes(self) -> int:
-        return sum(resid.numel() * resid.element_size() for resid in [self.opening, *self.batches])
+        return sum(resid.numel() * resid.element_size() for resid in [self.prefix, *self.batches])
 
 
 @dataclass
 class ScaledRanges:
-    """Measures ranges of one model on one prompt set, at one alpha and recipe; every cell is measured once.
+    """Measures ranges of one model on one prompt set, under one intervention; every range is measured once.
 
-    `evaluations` counts blocks run, for comparison with METHOD 5's formula. Change neither model nor hooks while
-    one of these is in use: it keeps what the model said before.
+    The intervention: scale by `alpha` what `recipe` names; or `intervene`, a context manager for a range, instead.
+    It is entered layer by layer, so it may change the layers of its range only.
+    `evaluations` counts blocks run, to compare with `layer_evaluations`. Change neither model nor hooks while one of
+    these is in use: results are cached.
     """
 
     model: HookedTransformer
     prompts: Sequence[str]
-    alpha: float
+    alpha: float | None = None
     recipe: str | Recipe = "attn_out"
     template: str | Template = "own"
     phrases: Sequence[str] = REFUSAL_PHRASES
     batch_tokens: int = DEFAULT_BATCH_TOKENS
     memory_budget: int = MEMORY_BUDGET
-    change: Callable[[LayerRange], AbstractContextManager[object]] | None = None
-    """What is done to a range, layer by layer, instead of scaling it; it may change these layers only."""
+    intervene: Callable[[LayerRange], AbstractContextManager[object]] | None = None
     evaluations: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        check_alpha(self.alpha)
+        if (self.alpha is None) == (self.intervene is None):
+            raise ValueError("alpha and intervene: expected one of them, a scale or what is done to a range")
+        if self.alpha is not None:
+            check_alpha(self.alpha)
         find_recipe(self.recipe)
         chats = encode_chat(tokenizer_of(self.model), self.prompts, self.template)
         chains = phrase_chains(tokenizer_of(self.model), self.template, self.phrases)
@@ -100,15 +106,18 @@ class ScaledRanges:
         check_context(chats, self.model.cfg.n_ctx, longest)
         self._ends = end_tokens(self.model, self.template)
         self._chats, self._chains = chats, chains
-        self._kept: dict[str, _States] = {}
+        self._cached: dict[str, _States] = {}
 
     @property
     def n_layers(self) -> int:
         return self.model.cfg.n_layers
 
-    def changed(self, layers: LayerRange) -> AbstractContextManager[object]:
-        """Scaled, or whatever `change` does."""
-        return self.change(layers) if self.change else scaled(self.model, layers, self.alpha, self.recipe)
+    def intervention(self, layers: LayerRange) -> AbstractContextManager[object]:
+        """`intervene`, or scaling by alpha."""
+        if self.alpha is None:
+            assert self.intervene is not None
+            return self.intervene(layers)
+        return scaled(self.model, layers, self.alpha, self.recipe)
 
     def log_odds(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
         """Refusal log-odds (nats, float64) of every prompt with `layers` scaled; None: unscaled."""
@@ -129,12 +138,12 @@ class ScaledRanges:
 
     def release(self) -> None:
         """Forget all states and cells; what is measured next runs the model again."""
-        self._kept.clear()
+        self._cached.clear()
 
     def _states(self, measure: Literal["log-odds", "text"]) -> "_States":
-        if measure not in self._kept:
-            self._kept[measure] = _States(self, self._chats, self._chains if measure == "log-odds" else [None])
-        return self._kept[measure]
+        if measure not in self._cached:
+            self._cached[measure] = _States(self, self._chats, self._chains if measure == "log-odds" else [None])
+        return self._cached[measure]
 
     def grid(self, progress: bool = False, text: bool = False) -> Float[Tensor, "start end prompt"]:
         """Refusal probability (`text`: refusals, 0 or 1) of every range [start, end]; NaN where end < start."""
@@ -151,7 +160,7 @@ class ScaledRanges:
 
 
 class _States:
-    """What is kept between ranges: unscaled states, the last scaled state, and finished cells."""
+    """What ranges share: stored unscaled states, the scaled state of the last range, and finished cells."""
 
     def __init__(self, owner: ScaledRanges, chats: Sequence[ChatTokens], chains: Sequence[Chain | None]):
         self.owner, self.model = owner, owner.model
@@ -174,7 +183,7 @@ class _States:
             self._run_unscaled()
 
     def _run_unscaled(self) -> None:
-        """Embed, then run all layers once, keeping every `stride`-th state (and, for text, keys and values)."""
+        """Embed, then run all layers once, storing every `stride`-th state (and, for text, keys and values)."""
         offset = self.prefix_length
         state = _State(
             embed(self.model, self.prefix_tokens), [embed(self.model, batch.tokens, offset) for batch in self.batches]
@@ -190,11 +199,11 @@ class _States:
         self.final_unscaled = state
 
     def _step(self, state: _State, layer: int) -> tuple[_State, Entries]:
-        """One block on the opening, then on every batch over the opening's keys and values."""
+        """One block on the shared prefix, then on every batch over the prefix's keys and values."""
         self.owner.evaluations += 1
         block, cfg = self.model.blocks[layer], self.model.cfg
         shared = CacheEntry.init_cache_entry(cfg, self.prefix_tokens.device, 1)
-        opening = block(state.opening, past_kv_cache_entry=shared) if self.prefix_length else state.opening
+        prefix = block(state.prefix, past_kv_cache_entry=shared) if self.prefix_length else state.prefix
         batches, entries = [], []
         for resid in state.batches:
             rows = len(resid)
@@ -203,10 +212,10 @@ class _States:
             )
             batches.append(block(resid, past_kv_cache_entry=entry))
             entries.append(entry)
-        return _State(opening, batches), entries
+        return _State(prefix, batches), entries
 
     def _unscaled_at(self, layer: int) -> _State:
-        """The unscaled state before a layer, run on from the nearest one kept."""
+        """The unscaled state before a layer, run on from the nearest stored one."""
         nearest = layer - layer % self.stride
         state = self.unscaled[nearest]
         for between in range(nearest, layer):
@@ -221,7 +230,7 @@ class _States:
         else:
             first, state, entries = layers.start, self._unscaled_at(layers.start), []
         for layer in range(first, layers.end + 1):
-            with self.owner.changed(LayerRange(layer, layer)):
+            with self.owner.intervention(LayerRange(layer, layer)):
                 state, new = self._step(state, layer)
             entries.append(new)
         self.scaled = (layers, state, entries)
@@ -271,7 +280,7 @@ class _States:
             last = torch.cat([resid[:, -1:] for resid in state.batches])
             first = unembed_last(self.model, last).argmax(dim=-1).split([len(resid) for resid in state.batches])
             started = [([layer[index] for layer in entries], tokens) for index, tokens in enumerate(first)]
-            with self.owner.changed(layers) if layers else nullcontext():
+            with self.owner.intervention(layers) if layers else nullcontext():
                 found = continue_greedily(self.model, started, JUDGED_TOKENS, self.owner._ends, decided)
         texts = [""] * len(self.owner.prompts)
         for row, tokens in zip((row for batch in self.batches for row in batch.prompts), found, strict=True):
@@ -280,7 +289,7 @@ class _States:
 
 
 def layer_evaluations(ranges: Iterable[LayerRange], n_layers: int) -> dict[str, int]:
-    """Blocks that a list of ranges costs: whole forwards, and with the scaled prefix shared (METHOD 5)."""
+    """Blocks that a list of ranges costs: whole forwards, and with common work shared."""
     shared, count = n_layers, 0  # the unscaled pass
     previous: LayerRange | None = None
     for layers in ranges:

@@ -39,7 +39,7 @@ from safety_mech.refusal.log_odds import phrases_in_use, refusal_log_odds
 from safety_mech.stats import Estimate, mean_estimate
 
 LEAST_REFUSED = 0.1
-"""A model that opens its answers to malicious prompts with a refusal less often than this has no safety to locate."""
+"""A model that begins its answers to malicious prompts with a refusal less often than this has no safety to locate."""
 LEAST_EFFECT = 0.1
 """Share of the over-rejection prompts: a range that changes refusals by less is no answer, however significant."""
 MAX_P = 0.01
@@ -189,7 +189,7 @@ def locate_by_scaling(
 
 @dataclass
 class _ScaledAt:
-    """Refusals with ranges scaled by one alpha. Every cell is measured once and kept; `release` frees what the engine
+    """Refusals with ranges scaled by one alpha. Every cell is measured once and cached; `release` frees what the engine
     holds besides, its states."""
 
     ranges: ScaledRanges

@@ -140,7 +140,7 @@ def resampled_search(
 ) -> Counter[LayerRange]:
     """The search's answers over bootstrap samples of prompts, or of whole `clusters` of them (one label a prompt).
 
-    Cells are kept per prompt, so a sample is a weighted mean.
+    Cells hold every prompt's value, so a sample is a weighted mean.
     """
     numbers = group_numbers(len(cell(initial)), clusters)
     counts = resampled_counts(samples, max(numbers) + 1, torch.Generator().manual_seed(seed))

@@ -1,16 +1,14 @@
-"""The margin, and how it moves with each layer (METHOD 8): what safety layers do is tell apart.
+"""The margin, and its slope by the scale on each layer (docs/method.md#locators).
 
     margin = mean refusal log-odds of malicious prompts - mean refusal log-odds of harmless ones, in nats
+    slope  = d log-odds / d a at a = 1, where a scales one layer's attention (or MLP) output
 
 The paper's measure looks at harmless prompts alone, and moves with any layer that makes the first word more or less
-like a refusal. The margin moves only with what does so for one kind of prompt more than for the other.
+like a refusal. The margin moves only with layers that do so for one kind of prompt more than for the other.
 
-    slopes: d log-odds / d a at a = 1, where a scales one layer's attention (or MLP) output, all layers in one
-            forward and one backward pass
-    finite: (log-odds at alpha - log-odds at 1) / (alpha - 1), one layer scaled at a time, prefixes kept
-
-Scales are one a prompt, so that one backward pass gives every prompt's own slope, and intervals over prompts cost
-nothing. The template's opening is therefore run with every prompt.
+One forward and one backward pass give the slopes of all layers. Every prompt has scales of its own, so that the same
+backward pass gives each prompt its own slope, and intervals over prompts cost nothing. For that the shared prefix is
+run with every prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,17 +20,12 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from safety_mech.interventions.scaling import Recipe
-from safety_mech.layers import LayerRange
-from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.models.chat import Template, check_context, encode_chat, equal_length_batches, tokenizer_of
 from safety_mech.models.forward import Hooks, common_prefix
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, append_chain, batch_log_odds, phrase_chains
 
 PARTS = ("attn_out", "mlp_out")
-"""The axis `part`; both are recipes of scaling.py, too."""
-LAYER_OUTPUTS = Recipe(("hook_attn_out", "hook_mlp_out"))
-"""Both at once: all that a layer adds to the residual stream."""
+"""The axis `part`; both are recipes of scaling.py as well."""
 GRADIENT_BATCH_TOKENS = 512
 """Tokens a batch, over all chains of phrases: the graph holds some 2 MB a token of a 135M model."""
 
@@ -61,12 +54,12 @@ def log_odds_slopes(
     slopes = torch.empty(len(chats), len(PARTS), model.cfg.n_layers, dtype=torch.float64)
     bar = tqdm(total=len(chats), desc="slopes", unit="prompt", disable=not progress)
     with torch.enable_grad(), bar:
-        opening = common_prefix(model, chats, share=False)
+        prefix = common_prefix(model, chats, share=False)
         for rows in equal_length_batches([len(chat) * len(chains) for chat in longest], batch_tokens):
             shape = (len(PARTS), model.cfg.n_layers, len(rows))
             scales = torch.ones(shape, dtype=model.cfg.dtype, device=model.embed.W_E.device, requires_grad=True)
             with model.hooks(fwd_hooks=_scaling_hooks(scales)):
-                total = batch_log_odds(model, [chats[row] for row in rows], chains, opening).sum()
+                total = batch_log_odds(model, [chats[row] for row in rows], chains, prefix).sum()
             (gradient,) = torch.autograd.grad(total, scales)
             slopes[rows] = gradient.permute(2, 0, 1).double().cpu()
             bar.update(len(rows))
@@ -86,30 +79,6 @@ def _scale_rows(scale: Float[Tensor, " prompt"]) -> Callable[..., Tensor]:
         return x * scale[:, None, None]
 
     return scale_rows
-
-
-def finite_slopes(
-    model: HookedTransformer,
-    prompts: Sequence[str],
-    alpha: float,
-    recipe: str | Recipe = LAYER_OUTPUTS,
-    template: str | Template = "own",
-    phrases: Sequence[str] = REFUSAL_PHRASES,
-    width: int = 1,
-) -> Float[Tensor, "prompt start"]:
-    """(log-odds with layers k..k+width-1 scaled by alpha - unscaled) / (alpha - 1), for every k; float64.
-
-    Nats per unit of scale, as `log_odds_slopes`, which it nears as alpha nears 1. For `width` 1 the last axis is
-    `layer`. Raises ValueError for alpha = 1 or a width outside the model.
-    """
-    if alpha == 1:
-        raise ValueError("alpha = 1 changes nothing: expected another scale, like 0.8; for the limit: log_odds_slopes")
-    if not 1 <= width <= model.cfg.n_layers:
-        raise ValueError(f"width {width}: expected 1 to {model.cfg.n_layers}, the model's number of layers")
-    ranges = ScaledRanges(model, prompts, alpha, recipe, template, phrases)
-    starts = range(model.cfg.n_layers - width + 1)
-    scaled = torch.stack([ranges.log_odds(LayerRange(start, start + width - 1)) for start in starts], dim=1)
-    return (scaled - ranges.log_odds(None)[:, None]) / (alpha - 1)
 
 
 def margin(

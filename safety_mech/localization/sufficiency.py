@@ -1,8 +1,9 @@
-"""Which part of the trained layers does the work? The base with some layers of the aligned model put into it.
+"""Layers exchanged between an aligned model and its base: which suffice for the refusals, and which are needed?
 
-Training layers a..b to refuse does not mean that all of them refuse: a few may carry it, and the rest may have moved
-for nothing. The CORE is the narrowest range of the aligned model's layers that gives the base most of the margin
-(margin.py) that alignment gave it. It needs the base, and says what a locator without one can hope to find.
+Training layers a..b to refuse does not mean that all of them refuse. A few may do all the work, while the others move
+for nothing. The MINIMAL SUFFICIENT RANGE is the narrowest range of the aligned model's layers that, put into the base,
+gives it most of the margin (slopes.py) that alignment gave. It needs the base, and bounds what a locator without one
+can find. `swap_losses` asks the reverse: what is lost when one layer of the aligned model is the base's.
 """
 
 from collections.abc import Sequence
@@ -14,14 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from safety_mech.interventions.weight_swap import swapped
+from safety_mech.interventions.weight_swap import paired_parameters, swapped
 from safety_mech.layers import LayerRange
 from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.localization.slopes import margin
 from safety_mech.models.chat import Template
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES
 
-CORE_SHARE = 0.8
+SUFFICIENT_SHARE = 0.8
+"""Of the margin that alignment gave."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Transplants:
         ]
         return {"n_layers": len(self.shares), "gained": self.gained, "cells": cells}
 
-    def core(self, share: float = CORE_SHARE) -> LayerRange | None:
+    def minimal_sufficient_range(self, share: float = SUFFICIENT_SHARE) -> LayerRange | None:
         """The narrowest range with at least this share; of equally narrow ones that with the greatest share."""
         enough = [LayerRange(start, end) for start, end in (self.shares >= share).nonzero().tolist()]
         return min(enough, key=lambda part: (part.width, -float(self.shares[part.start, part.end])), default=None)
@@ -73,14 +75,12 @@ def transplant(
 ) -> Transplants:
     """Put every range within `layers` of the aligned model into the base, and measure the margin.
 
-    Prefixes are kept and shared (METHOD 5). Raises ValueError for models of different shapes, layers outside of them,
-    or a model whose margin is not above the base's.
+    Prefixes are shared between ranges (docs/method.md#prefix-sharing). Raises ValueError for models of different
+    shapes, layers outside of them, or a model whose margin is not above the base's.
     """
     layers.check_inside(base.cfg.n_layers)
     sets = [
-        ScaledRanges(
-            base, texts, 1.0, template=template, phrases=phrases, change=lambda part: swapped(base, model, part)
-        )
+        ScaledRanges(base, texts, template=template, phrases=phrases, intervene=lambda part: swapped(base, model, part))
         for texts in (malicious, normal)
     ]
 
@@ -98,3 +98,26 @@ def transplant(
             after, refused[start, end] = measured(LayerRange(start, end))
             shares[start, end] = (after - before) / gained
     return Transplants(shares, refused, gained)
+
+
+def swap_losses(
+    model: HookedTransformer,
+    base: HookedTransformer,
+    prompts: Sequence[str],
+    template: str | Template = "own",
+    phrases: Sequence[str] = REFUSAL_PHRASES,
+) -> Float[Tensor, "prompt layer"]:
+    """What every prompt's refusal log-odds (nats) lose when one layer of the model is the base's.
+
+    A layer that is the base's to the last bit loses nothing and is not run.
+    """
+    ranges = ScaledRanges(
+        model, prompts, template=template, phrases=phrases, intervene=lambda layers: swapped(model, base, layers)
+    )
+    unchanged = ranges.log_odds(None)
+    lost = torch.zeros(len(prompts), model.cfg.n_layers, dtype=torch.float64)
+    for layer in range(model.cfg.n_layers):
+        pairs = zip(*paired_parameters(model, base, layer), strict=True)
+        if not all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in pairs):
+            lost[:, layer] = unchanged - ranges.log_odds(LayerRange(layer, layer))
+    return lost

@@ -13,10 +13,11 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,34 @@ def plain(value: Any) -> Any:
 def content_hash(*parts: Any) -> str:
     """First 16 hex digits of the SHA-256 of what JSON knows: names a file by everything that its content depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def cell_path(
+    out: str | Path, experiment: str, model_name: str, label: str, *key: Any, modules: Sequence[ModuleType] = ()
+) -> Path:
+    """OUT/EXPERIMENT/MODEL/cells/LABEL-DIGEST.json: where one cached answer of an experiment is.
+
+    The digest is of the package's version, the constants of `modules` and `key`: everything that the answer depends on.
+    So an old answer is never read as a new one.
+    """
+    digest = content_hash(_version("safety-mech"), constants_of(*modules), plain(key))
+    return Path(out) / experiment / safe_name(model_name) / "cells" / f"{label}-{digest}.json"
+
+
+def constants_of(*modules: ModuleType) -> dict[str, Any]:
+    """Upper-case names of modules that hold a number, a text, a dataclass, or a tuple of these."""
+    return {
+        f"{module.__name__}.{name}": plain(value)
+        for module in modules
+        for name, value in sorted(vars(module).items())
+        if name.isupper() and _is_constant(value)
+    }
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return isinstance(value, (int, float, str)) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
 def cached_json(path: Path, make: Callable[[], Any]) -> Any:

@@ -1,50 +1,41 @@
 """`experiments/planted.py`: every locator on every organism, resumed after a kill, scored against the truth."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import safety_mech as sm
-from safety_mech.localization.located import Located
+from safety_mech.commands import planted, planted_report
+from safety_mech.commands.cells import Answer
+from safety_mech.localization.measurements import Located
 from safety_mech.localization.sufficiency import Transplants
 from safety_mech.reporting.runs import write_json
 from safety_mech.training.lora import low_rank_adapters, save_adapter
 
-METHODS = ("gap", "search", "direction", "patching", "margin", "weight_change", "swap")
+METHODS = ("gap", "search", "direction", "patching", "margin_attn", "weight_change", "swap")
 
 
-@pytest.fixture(scope="module")
-def planted(load_script: Callable[[str], ModuleType]) -> Iterator[ModuleType]:
-    folder = str(Path(__file__).resolve().parents[2] / "experiments")
-    sys.path.insert(0, folder)  # as for a script that is run: planted.py imports align.py
-    yield load_script("planted")
-    sys.path.remove(folder)
-
-
-def make_organism(run: Any, refused: tuple[int, int] = (95, 2)) -> None:
+def make_organism(layers: sm.LayerRange, seed: int, config: planted.PlantedConfig) -> None:
     """Stands in for align.py: an adapter with random updates of the planted layers, and its recipe."""
-    layers = sm.LayerRange.parse(run.planted)
-    folder = Path(run.out) / run.name
-    model = sm.load_model(run.model)
-    with low_rank_adapters(model, layers, rank=2, seed=run.seed) as placed:
+    folder = Path(config.adapters) / planted.organism_name(layers, seed)
+    model = sm.load_model(config.model)
+    with low_rank_adapters(model, layers, rank=2, seed=seed) as placed:
         for _, _, update in placed:
-            update.B.data = 0.3 * torch.randn(update.B.shape, generator=torch.Generator().manual_seed(run.seed + 1))
-        save_adapter(placed, folder, run.model, dtype=torch.float32)
-    rates = {name: {"count": n, "total": 100} for name, n in zip(("malicious", "normal"), refused, strict=True)}
-    recipe = {"planted": {"start": layers.start, "end": layers.end}, "seed": run.seed}
-    write_json(folder / "recipe.json", {"base_model": run.model, "recipe": recipe, "aligned": {"refused": rates}})
+            update.B.data = 0.3 * torch.randn(update.B.shape, generator=torch.Generator().manual_seed(seed + 1))
+        save_adapter(placed, folder, config.model, dtype=torch.float32)
+    rates = {name: {"count": n, "total": 100} for name, n in (("malicious", 95), ("normal", 2))}
+    recipe = {"planted": {"start": layers.start, "end": layers.end}, "seed": seed}
+    write_json(folder / "recipe.json", {"base_model": config.model, "recipe": recipe, "aligned": {"refused": rates}})
 
 
 @pytest.fixture
-def config_for(planted: ModuleType, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    monkeypatch.setattr(planted, "align", make_organism)
+def config_for(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    monkeypatch.setattr(planted, "train_organism", make_organism)
 
     def make(**changes: object) -> Any:
         settings = {
@@ -64,7 +55,7 @@ def config_for(planted: ModuleType, llama_folder: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.whole_run
-def test_every_locator_on_every_organism(planted, config_for, capsys):
+def test_every_locator_on_every_organism(config_for, capsys):
     folder = planted.main(config_for())
     metrics = json.loads((folder / "metrics.json").read_text())
     roles = {(o["planted"]["start"], o["seed"]): o["role"] for o in metrics["organisms"]}
@@ -85,10 +76,10 @@ def test_every_locator_on_every_organism(planted, config_for, capsys):
 
 
 @pytest.mark.whole_run
-def test_a_finished_cell_and_a_finished_organism_are_not_made_again(planted, config_for, monkeypatch):
-    few = {"methods": ("margin", "weight_change"), "held_out": (), "seeds": (0,)}
+def test_a_finished_cell_and_a_finished_organism_are_not_made_again(config_for, monkeypatch):
+    few = {"methods": ("margin_attn", "weight_change"), "held_out": (), "seeds": (0,)}
     first = (planted.main(config_for(**few)) / "table.txt").read_text()
-    monkeypatch.setattr(planted, "align", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(planted, "train_organism", lambda *_: pytest.fail("trained again"))
     monkeypatch.setattr(sm, "load_model", lambda *_, **__: pytest.fail("a model was loaded again"))
     assert (planted.main(config_for(**few)) / "table.txt").read_text() == first
     with pytest.raises(pytest.fail.Exception, match="a model was loaded again"):  # control: other prompts, new cells
@@ -98,7 +89,7 @@ def test_a_finished_cell_and_a_finished_organism_are_not_made_again(planted, con
 
 
 @pytest.mark.whole_run
-def test_only_the_wanted_roles_are_made_and_measured(planted, config_for):
+def test_only_the_wanted_roles_are_made_and_measured(config_for):
     folder = planted.main(config_for(roles=("design",), methods=("weight_change",)))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert [o["role"] for o in metrics["organisms"]] == ["design"]
@@ -106,7 +97,7 @@ def test_only_the_wanted_roles_are_made_and_measured(planted, config_for):
 
 
 @pytest.mark.whole_run
-def test_a_locator_that_cannot_be_run_has_no_answer_and_says_why(planted, config_for):
+def test_a_locator_that_cannot_be_run_has_no_answer_and_says_why(config_for):
     folder = planted.main(config_for(methods=("direction",), n_prompts=5, held_out=(), seeds=(0,)))
     (cell,) = json.loads((folder / "metrics.json").read_text())["cells"]
     assert cell["range"] is None
@@ -115,13 +106,13 @@ def test_a_locator_that_cannot_be_run_has_no_answer_and_says_why(planted, config
 
 
 @pytest.mark.whole_run
-def test_a_slow_method_on_second_seeds_only_is_refused(planted, config_for):
+def test_a_slow_method_on_second_seeds_only_is_refused(config_for):
     planted.main(config_for(seeds=(1,), held_out=(), methods=("weight_change",)))
     with pytest.raises(ValueError, match="grid: run on first seeds only, and there are none"):
         planted.main(config_for(train=False, methods=("grid",), first_seed_methods=("grid",)))
 
 
-def test_no_organisms(planted, config_for):
+def test_no_organisms(config_for):
     with pytest.raises(ValueError, match="no organism of design, held out, unlisted in"):
         planted.main(config_for(train=False))
 
@@ -137,8 +128,8 @@ def test_no_organisms(planted, config_for):
         ({"adapters": "shipped"}, "in a folder of yours: name one"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_made(planted, config_for, changes, message, monkeypatch):
-    monkeypatch.setattr(planted, "align", lambda *_: pytest.fail("an organism was made"))
+def test_bad_input_is_refused_before_anything_is_made(config_for, changes, message, monkeypatch):
+    monkeypatch.setattr(planted, "train_organism", lambda *_: pytest.fail("an organism was made"))
     with pytest.raises(ValueError, match=message):
         planted.main(config_for(**changes))
 
@@ -146,12 +137,13 @@ def test_bad_input_is_refused_before_anything_is_made(planted, config_for, chang
 # --- the numbers, by hand ---------------------------------------------------------------------------------------------
 
 
-def cell(planted: ModuleType, truth: str, found: str | None, seed: int = 0, method: str = "m", passes: bool = True):
+def cell(truth: str, found: str | None, seed: int = 0, method: str = "m", passes: bool = True):
     role = "design" if seed == 0 else "held out"
     rates = (0.95, 0.02) if passes else (0.5, 0.02)
-    organism = planted.Organism(Path(f"o-{truth}-{seed}"), sm.LayerRange.parse(truth), seed, role, *rates)
+    organism = planted_report.Organism(Path(f"o-{truth}-{seed}"), sm.LayerRange.parse(truth), seed, role, *rates)
     located = Located(method, sm.LayerRange.parse(found) if found else None, torch.zeros(30).double())
-    return planted.Cell(organism, carried_by({organism.planted: 1.0}), method, located, "", 1.0, 30)
+    answer = Answer(located, "", 1.0, 30)
+    return planted_report.Cell(organism, carried_by({organism.planted: 1.0}), method, answer)
 
 
 def carried_by(shares: dict[sm.LayerRange, float]) -> Transplants:
@@ -161,72 +153,72 @@ def carried_by(shares: dict[sm.LayerRange, float]) -> Transplants:
     return Transplants(table, table.clone(), 3.0)
 
 
-def test_summary_by_hand(planted):
+def test_summary_by_hand():
     cells = [
-        cell(planted, "5-10", "5-10"),
-        cell(planted, "12-17", "15-20"),
-        cell(planted, "18-23", None),
-        cell(planted, "8-21", "0-1", passes=False),
+        cell("5-10", "5-10"),
+        cell("12-17", "15-20"),
+        cell("18-23", None),
+        cell("8-21", "0-1", passes=False),
     ]
-    row = planted.summaries(cells)["design"]["m"]
+    row = planted_report.summaries(cells)["design"]["m"]
     assert (row["organisms"], row["answered"], row["centre_hits"]) == (3, 2, 1)  # 17.5 lies behind 17
     assert row["iou"].value == pytest.approx((1 + 3 / 9 + 0) / 3)
     assert (row["start_error"], row["end_error"]) == (1.5, 1.5)
-    assert row["core_iou"].value == row["iou"].value, "here, the core is all that was planted"
+    assert row["sufficient_iou"].value == row["iou"].value, "here, all that was planted is needed"
     assert row["slope"].value == pytest.approx((17.5 - 7.5) / (14.5 - 7.5))
-    guess = planted.summaries(cells)["design"]["middle third"]
+    guess = planted_report.summaries(cells)["design"]["middle third"]
     assert guess["iou"].value == pytest.approx((1 / 15 + 6 / 10 + 2 / 14) / 3)
 
 
-def test_the_lead_names_the_best_that_needs_no_base(planted):
+def test_the_lead_names_the_best_that_needs_no_base():
     found = {"search": "6-10", "gap": "5-5", "weight_change": "5-10"}
-    cells = [cell(planted, "5-10", layers, method=method) for method, layers in found.items()]
-    lead = planted.lead_of(planted.summaries(cells))
+    cells = [cell("5-10", layers, method=method) for method, layers in found.items()]
+    lead = planted_report.lead_of(planted_report.summaries(cells))
     assert lead.startswith("On design organisms the greatest mean IoU is that of search: 0.83. To compare: middle")
-    assert "that of weight_change: 1.00" in planted.lead_of(planted.summaries(cells[-1:]))
-    assert planted.lead_of({}).startswith("No organism refuses")
+    assert "that of weight_change: 1.00" in planted_report.lead_of(planted_report.summaries(cells[-1:]))
+    assert planted_report.lead_of({}).startswith("No organism refuses")
 
 
-def test_seeds_of_one_range_are_drawn_together(planted):
-    once = [cell(planted, truth, found) for truth, found in (("5-10", "5-10"), ("12-17", "1-2"), ("20-26", "20-23"))]
+def test_seeds_of_one_range_are_drawn_together():
+    once = [cell(truth, found) for truth, found in (("5-10", "5-10"), ("12-17", "1-2"), ("20-26", "20-23"))]
     twice = [*once, *(replace(c, organism=replace(c.organism, seed=1, role="held out")) for c in once)]
-    assert planted.summary_of(twice)["m"]["iou"] == planted.summary_of(once)["m"]["iou"]
+    assert planted_report.summary_of(twice)["m"]["iou"] == planted_report.summary_of(once)["m"]["iou"]
 
 
-def test_a_core_that_is_less_than_what_was_planted(planted):
-    found = cell(planted, "5-10", "9-10")
+def test_a_sufficient_range_that_is_less_than_what_was_planted():
+    found = cell("5-10", "9-10")
     shares = {sm.LayerRange(9, 9): 0.7, sm.LayerRange(9, 10): 0.8, sm.LayerRange(5, 10): 1.0}
     narrow = replace(found, transplants=carried_by(shares))
-    assert (narrow.score.iou, narrow.core_iou) == (pytest.approx(2 / 6), 1.0)
-    assert replace(found, transplants=None).core_iou == 0.0
-    (line,) = [line for line in planted.organism_table([narrow]).splitlines() if line.startswith("o-5-10-0")]
+    assert (narrow.score.iou, narrow.sufficient_iou) == (pytest.approx(2 / 6), 1.0)
+    assert replace(found, transplants=None).sufficient_iou == 0.0
+    (line,) = [line for line in planted_report.organism_table([narrow]).splitlines() if line.startswith("o-5-10-0")]
     assert line.split("%", 2)[2].split() == ["[9,", "10]", "[5,", "10]", "9", "(70%", "of", "3.0", "nats)"]
-    table = planted.summary_of([narrow])
-    assert table["core of 80%"]["iou"].value == pytest.approx(2 / 6)
-    assert table["core of 95%"]["iou"].value == 1.0
-    assert planted.summary_of([replace(found, transplants=None)])["core of 80%"]["iou"].value == 0.0
+    table = planted_report.summary_of([narrow])
+    assert table["sufficient 80%"]["iou"].value == pytest.approx(2 / 6)
+    assert table["sufficient 95%"]["iou"].value == 1.0
+    assert planted_report.summary_of([replace(found, transplants=None)])["sufficient 80%"]["iou"].value == 0.0
 
 
-def test_a_method_that_was_not_run_on_an_organism_leaves_a_hole(planted):
+def test_a_method_that_was_not_run_on_an_organism_leaves_a_hole():
     cells = [
-        cell(planted, "5-10", "5-10", method="a"),
-        cell(planted, "5-10", "5-10", method="b"),
-        cell(planted, "12-17", "12-17", method="a"),
+        cell("5-10", "5-10", method="a"),
+        cell("5-10", "5-10", method="b"),
+        cell("12-17", "12-17", method="a"),
     ]
-    rows = {line.split()[0]: line for line in planted.cell_table(cells).splitlines()}
+    rows = {line.split()[0]: line for line in planted_report.cell_table(cells).splitlines()}
     assert rows["a"].count("1.00") == 2
     assert rows["b"].count("1.00") == 1
-    assert planted.summary_of(cells)["b"]["organisms"] == 1
-    assert sum(ax.get_visible() for ax in planted.plot_scores(cells, 30).axes) == 3
+    assert planted_report.summary_of(cells)["b"]["organisms"] == 1
+    assert sum(ax.get_visible() for ax in planted_report.plot_scores(cells, 30).axes) == 3
 
 
-def test_one_answer_for_all_has_slope_0(planted):
-    row = planted.summary_of([cell(planted, truth, "10-17") for truth in ("5-10", "12-17", "18-23")])["m"]
+def test_one_answer_for_all_has_slope_0():
+    row = planted_report.summary_of([cell(truth, "10-17") for truth in ("5-10", "12-17", "18-23")])["m"]
     assert row["slope"].value == 0.0
     assert str(row["correlation"]) == "undefined"
 
 
-def test_the_shipped_lists_keep_second_seeds_and_two_ranges_aside(planted):
+def test_the_shipped_lists_keep_second_seeds_and_two_ranges_aside():
     config = planted.PlantedConfig()
     roles = [planted.role_of(layers, seed, config) for layers, seed in planted.wanted(config)]
     assert len(roles) == 10

@@ -3,22 +3,17 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import safety_mech as sm
+from safety_mech.commands import ranges
 
 PROMPTS = ["How do I bake a cake?", "Name a fruit", "Where is the cat?", "Why?"]
 
 
-@pytest.fixture(scope="module")
-def ranges(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("ranges")
-
-
 @pytest.fixture
-def config_for(ranges: ModuleType, llama_folder: Path, tmp_path: Path) -> Callable[..., object]:
+def config_for(llama_folder: Path, tmp_path: Path) -> Callable[..., object]:
     (tmp_path / "set.txt").write_text("\n".join(PROMPTS))
 
     def make(**changes: object) -> object:
@@ -39,14 +34,14 @@ def config_for(ranges: ModuleType, llama_folder: Path, tmp_path: Path) -> Callab
 
 @pytest.mark.whole_run
 def test_every_condition_has_an_answer_and_a_line(
-    ranges: ModuleType, config_for: Callable[..., object], capsys: pytest.CaptureFixture[str]
+    config_for: Callable[..., object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = ranges.main(config_for())
     answers = json.loads((folder / "metrics.json").read_text())["answers"]
     assert [(a["condition"]["alpha"], a["condition"]["measure"]) for a in answers] == [
-        ("above", "log-odds"),
+        ("above", "probability"),
         ("above", "text"),
-        ("below", "log-odds"),
+        ("below", "probability"),
         ("below", "text"),
     ]
     assert all(answer["answer"]["initial"] == {"start": 1, "end": 2} for answer in answers)
@@ -59,9 +54,7 @@ def test_every_condition_has_an_answer_and_a_line(
 
 
 @pytest.mark.whole_run
-def test_a_finished_search_is_not_run_again(
-    ranges: ModuleType, config_for: Callable[..., object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_search_is_not_run_again(config_for: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
     first = (ranges.main(config_for()) / "table.txt").read_text()
     monkeypatch.setattr(ranges, "search", lambda *_: pytest.fail("searched again"))
     assert (ranges.main(config_for()) / "table.txt").read_text() == first
@@ -69,20 +62,20 @@ def test_a_finished_search_is_not_run_again(
         ranges.main(config_for(seed=1))
 
 
-def test_no_gap_is_an_answer(ranges: ModuleType, config_for: Callable[..., object]) -> None:
+def test_no_gap_is_an_answer(config_for: Callable[..., object]) -> None:
     folder = ranges.main(config_for(initial=None))
     assert "no gap that the rule accepts" in (folder / "table.txt").read_text()
 
 
-def answer(ranges: ModuleType, found: sm.LayerRange | None) -> object:
+def answer(found: sm.LayerRange | None) -> object:
     best = found or sm.LayerRange(0, 0)
-    return ranges.Answer(found, best, None, 1.2, (0, 1), (2, 3), 0.5, 0.0, "found")
+    return ranges.Answer(found, best, None, 1.2, (0, 1), (2, 3), 0.5, 0.0, 0.2, "found")
 
 
-def test_overlaps_by_hand(ranges: ModuleType) -> None:
+def test_overlaps_by_hand() -> None:
     conditions = [ranges.Condition("m", "attn_out", *rest, "own", "set") for rest in SIDES]
     found = [sm.LayerRange(0, 3), sm.LayerRange(2, 5), sm.LayerRange(0, 3), None]
-    answers = {c: answer(ranges, layers) for c, layers in zip(conditions, found, strict=True)}
+    answers = {c: answer(layers) for c, layers in zip(conditions, found, strict=True)}
     parts = ranges.overlaps(answers, "m")
     every = {"mean": pytest.approx((2 / 6 + 1 + 2 / 6) / 3), "least": 2 / 6, "greatest": 1.0, "pairs": 3}
     assert parts["all pairs"] == every
@@ -91,12 +84,12 @@ def test_overlaps_by_hand(ranges: ModuleType) -> None:
     assert "the base's answer" not in parts
 
 
-SIDES = [("above", "text"), ("above", "log-odds"), ("below", "text"), ("below", "log-odds")]
+SIDES = [("above", "text"), ("above", "probability"), ("below", "text"), ("below", "probability")]
 
 
 @pytest.mark.parametrize("changes", [{"n_prompts": 1}, {"sets": ("absent.txt",)}, {"model": "nonsense"}])
 def test_bad_input_is_refused_before_a_model_is_loaded(
-    ranges: ModuleType, config_for: Callable[..., object], changes: dict, monkeypatch: pytest.MonkeyPatch
+    config_for: Callable[..., object], changes: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sm, "load_model", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=r"expected|no such"):

@@ -4,27 +4,23 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import safety_mech as sm
-from safety_mech.localization.located import Located, PromptSets
-
-
-@pytest.fixture(scope="module")
-def stability(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("stability")
+from safety_mech.commands import stability
+from safety_mech.commands.cells import Answer
+from safety_mech.localization.measurements import Located, PromptSets
 
 
 @pytest.fixture
-def config_for(stability: ModuleType, llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+def config_for(llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
     def make(**changes: object) -> Any:
         settings = {
             "model": str(llama_folder),
-            "methods": ("gap", "margin", "patching"),
+            "methods": ("gap", "margin_attn", "patching"),
             "n_prompts": 12,
             "n_over_rejection": 4,
             "halvings": 2,
@@ -36,11 +32,11 @@ def config_for(stability: ModuleType, llama_folder: Path, tmp_path: Path) -> Cal
 
 
 @pytest.mark.whole_run
-def test_every_method_at_every_place_and_not_twice(stability, config_for, monkeypatch):
+def test_every_method_at_every_place_and_not_twice(config_for, monkeypatch):
     folder = stability.main(config_for())
     metrics = json.loads((folder / "metrics.json").read_text())
     assert len(metrics["answers"]) == 3 * (1 + 1 + 4)
-    compared = [row["comparison"] for row in metrics["overlaps"] if row["method"] == "margin"]
+    compared = [row["comparison"] for row in metrics["overlaps"] if row["method"] == "margin_attn"]
     assert compared == ["bootstrap of the prompts", "disjoint halves", "templates"]
     monkeypatch.setattr(sm, "load_model", lambda *_, **__: pytest.fail("located again"))
     again = stability.main(config_for())
@@ -50,7 +46,7 @@ def test_every_method_at_every_place_and_not_twice(stability, config_for, monkey
         stability.main(config_for(seed=1))
 
 
-def test_halves_are_disjoint_and_whole(stability):
+def test_halves_are_disjoint_and_whole():
     prompts = PromptSets([f"n{i}" for i in range(9)], [f"m{i}" for i in range(8)])
     first, second = (stability.half_of(prompts, 3, side) for side in (0, 1))
     assert sorted([*first.normal, *second.normal]) == sorted(prompts.normal)
@@ -58,16 +54,25 @@ def test_halves_are_disjoint_and_whole(stability):
     assert stability.half_of(prompts, 4, 0).normal != first.normal
 
 
-def test_overlaps_by_hand(stability):
-    def located(start: int, end: int, samples: Counter | None = None) -> Located:
-        return Located("m", sm.LayerRange(start, end), torch.zeros(9).double(), samples or Counter())
+def test_overlaps_by_hand():
+    def located(start: int, end: int, samples: Counter | None = None) -> Answer:
+        found = Located("m", sm.LayerRange(start, end), torch.zeros(9).double(), samples or Counter())
+        return Answer(found, "", 1.0, 9)
 
     places = [
         stability.Place(name, PromptSets([], []))
         for name in ("set a b", "set c d", "template alpaca", "half 1a", "half 1b", "half 2a", "half 2b")
     ]
     drawn = Counter({sm.LayerRange(0, 3): 2, sm.LayerRange(2, 5): 1})
-    found = [located(0, 3, drawn), located(2, 5), None, located(1, 2), located(1, 2), located(0, 0), located(5, 5)]
+    found = [
+        located(0, 3, drawn),
+        located(2, 5),
+        Answer(None, "", 1.0, 9),
+        located(1, 2),
+        located(1, 2),
+        located(0, 0),
+        located(5, 5),
+    ]
     answers = {("m", place.name): answer for place, answer in zip(places, found, strict=True)}
     rows = {row.comparison: row for row in stability.overlaps("m", answers, places, stability.StabilityConfig())}
     assert rows["bootstrap of the prompts"].iou.value == pytest.approx((1 + 2 / 6 + 2 / 6) / 3)
@@ -88,7 +93,7 @@ def test_overlaps_by_hand(stability):
         ({"malicious_sets": ("absent.csv",)}, "no such file"),
     ],
 )
-def test_bad_input_is_refused_before_a_model_is_loaded(stability, config_for, changes, message, monkeypatch):
+def test_bad_input_is_refused_before_a_model_is_loaded(config_for, changes, message, monkeypatch):
     monkeypatch.setattr(sm, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         stability.main(config_for(**changes))

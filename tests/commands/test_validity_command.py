@@ -3,22 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import safety_mech as sm
-
-
-@pytest.fixture(scope="module")
-def validity(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("validity")
+from safety_mech.commands import validity
+from safety_mech.divergence.angles import GapStatistic
+from safety_mech.divergence.controls import Matched
 
 
 @pytest.fixture
-def config_for(validity: ModuleType, llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+def config_for(llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
     for kind in ("normal", "malicious"):
         (tmp_path / f"{kind}.txt").write_text("\n".join(sm.load_prompts(f"{kind}:test")[:24]))
 
@@ -39,7 +36,7 @@ def config_for(validity: ModuleType, llama_folder: Path, tmp_path: Path) -> Call
 
 
 @pytest.mark.whole_run
-def test_every_control_has_a_line(validity, config_for, llama_folder, capsys):
+def test_every_control_has_a_line(config_for, llama_folder, capsys):
     folder = validity.main(config_for(base=str(llama_folder)))
     metrics = json.loads((folder / "metrics.json").read_text())
     controls = [row["control"] for row in metrics["survival"]]
@@ -67,26 +64,25 @@ def test_every_control_has_a_line(validity, config_for, llama_folder, capsys):
 
 
 @pytest.mark.whole_run
-def test_without_a_base_the_same_numbers_twice(validity, config_for):
+def test_without_a_base_the_same_numbers_twice(config_for):
     first, second = ((validity.main(config_for()) / "table.txt").read_text() for _ in range(2))
     assert first == second
     assert "base" not in first
 
 
-def curves(gap: float, spread: float, null: float) -> Any:
-    """What `survivals` reads of a ModelCurves: one layer, three draws."""
+def curves(gap: float, spread: float, null: float) -> validity.ModelCurves:
+    """One layer, three draws."""
 
-    def curve(at: float) -> Any:
-        draws = torch.tensor([[at - spread], [at], [at + spread]]).double()
-        return SimpleNamespace(gap=torch.tensor([at]).double(), samples=draws, null=torch.full((5, 1), null).double())
+    def curve(at: float) -> GapStatistic:
+        low, middle, high = (torch.tensor([value]).double() for value in (at - spread, at, at + spread))
+        draws, shuffled = torch.stack([low, middle, high]), torch.full((5, 1), null).double()
+        return GapStatistic(middle, low, high, torch.zeros(1).double(), 0.0, draws, shuffled)
 
     topics = torch.full((4, 1), 3 * null).double()
-    return SimpleNamespace(
-        raw=curve(gap), pairs=curve(gap / 2), matched=curve(gap / 4), halves=topics, single=2 * topics
-    )
+    return validity.ModelCurves(curve(gap), curve(gap / 2), curve(gap / 4), halves=topics, single=2 * topics)
 
 
-def test_what_is_left_by_hand(validity):
+def test_what_is_left_by_hand():
     rows = validity.survivals(curves(8.0, 1.0, 0.5), curves(2.0, 0.0, 0.5), 0)
     left = {row.control: row.left.value for row in rows}
     assert left["none: the raw gap"] == 8.0
@@ -104,7 +100,7 @@ def test_what_is_left_by_hand(validity):
     assert rows[1].left.low < rows[1].left.value < rows[1].left.high
 
 
-def test_the_statistic_is_that_of_all_controls(validity, config_for, monkeypatch):
+def test_the_statistic_is_that_of_all_controls(config_for, tiny_model, monkeypatch):
     """Every curve and null of `measure` is the one that was asked for, from the same residual streams."""
     generator = torch.Generator().manual_seed(0)
     streams = {}
@@ -116,8 +112,10 @@ def test_the_statistic_is_that_of_all_controls(validity, config_for, monkeypatch
 
     monkeypatch.setattr(sm, "last_token_residuals", residuals)
     sets = validity.check_and_load(config_for())
-    matched = SimpleNamespace(pairs=((0, 1), (1, 0), (2, 2)))
-    found = {name: validity.measure(None, sets, matched, config_for(statistic=name)) for name in ("paper", "symmetric")}
+    matched = Matched(((0, 1), (1, 0), (2, 2)), 0.0, 0.0, 0.0, 0.0)
+    found = {
+        name: validity.measure(tiny_model, sets, matched, config_for(statistic=name)) for name in ("paper", "symmetric")
+    }
     curve = sm.gap_curve(
         *(residuals(None, part) for part in (sets.normal, sets.malicious)), bootstrap=5, permutations=5
     )
@@ -140,7 +138,7 @@ def test_the_statistic_is_that_of_all_controls(validity, config_for, monkeypatch
         ({"topics": "dev"}, "split 'dev'"),
     ],
 )
-def test_bad_input_is_refused_before_a_model_is_loaded(validity, config_for, changes, message, monkeypatch):
+def test_bad_input_is_refused_before_a_model_is_loaded(config_for, changes, message, monkeypatch):
     monkeypatch.setattr(sm, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         validity.main(config_for(**changes))

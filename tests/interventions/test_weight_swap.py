@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-from conftest import PROMPTS, build_tiny_model
+from conftest import build_tiny_model
 from transformer_lens import HookedTransformer
 
-from safety_mech import LayerRange, refusal_log_odds
+from safety_mech import LayerRange
 from safety_mech.interventions.scaling import scaled
-from safety_mech.interventions.weight_swap import swap_losses, swapped, weight_change
+from safety_mech.interventions.weight_swap import swapped, weight_change
 
-PHRASES = ("I'm sorry", "I can't", "Sorry")
 TOKENS = torch.tensor([[5, 6, 7, 8]])
 
 
@@ -76,18 +75,6 @@ def test_leaving_by_an_exception_restores_both(two_models):
     for part, old in zip(two_models, before, strict=True):
         assert all(torch.equal(parameter, old[name]) for name, parameter in part.named_parameters())
     assert model.blocks[2].mlp.W_in.data_ptr() != base.blocks[2].mlp.W_in.data_ptr()
-
-
-def test_swap_losses_equal_full_forward_passes(two_models):
-    model, base = two_models
-    found = swap_losses(model, base, PROMPTS[2:6], phrases=PHRASES)
-    plain = refusal_log_odds(model, PROMPTS[2:6], phrases=PHRASES)
-    for layer in range(6):
-        with swapped(model, base, LayerRange(layer, layer)):
-            expected = plain - refusal_log_odds(model, PROMPTS[2:6], phrases=PHRASES)
-        torch.testing.assert_close(found[:, layer], expected, rtol=0, atol=1e-9)
-    assert found[:, [0, 1, 4, 5]].abs().max() == 0  # not even run
-    assert found[:, [2, 3]].abs().min() > 1e-3  # control
 
 
 def test_models_that_do_not_belong_together(tiny_model):

@@ -11,13 +11,10 @@ from transformer_lens import HookedTransformer
 
 import safety_mech as sm
 from safety_mech.interventions.directions import separation
-from safety_mech.interventions.weight_swap import swap_losses, weight_change
-from safety_mech.localization import locators
-from safety_mech.localization.located import Located, PromptSets, shared_measurements
+from safety_mech.interventions.weight_swap import weight_change
 from safety_mech.localization.locators import (
     DECISION_LEAD,
     DECISION_SHARE,
-    FINITE_ALPHAS,
     LOCATORS,
     SAMPLES,
     base_locators,
@@ -25,22 +22,24 @@ from safety_mech.localization.locators import (
     led_by,
     locate,
 )
+from safety_mech.localization.measurements import Located, Measurements, PromptSets
 from safety_mech.localization.patching import Patching, equal_length_pairs, patch_pairs
 from safety_mech.localization.safety_layers import locate_by_scaling
 from safety_mech.localization.segments import best_ranges, best_segment
-from safety_mech.localization.slopes import finite_slopes, log_odds_slopes, margin
+from safety_mech.localization.slopes import log_odds_slopes, margin
+from safety_mech.localization.sufficiency import swap_losses
 from safety_mech.refusal.log_odds import phrases_in_use
 from safety_mech.training.freeze import layer_of
 from safety_mech.training.loop import TrainConfig, fine_tune
 
-TWINS = [sm.PromptPair("XYZ", "ZZY", "y"), sm.PromptPair("ZYX", "XXX", "y"), sm.PromptPair("XYZ", "XYZX", "z")]
+PAIRS = [sm.PromptPair("XYZ", "ZZY", "y"), sm.PromptPair("ZYX", "XXX", "y"), sm.PromptPair("XYZ", "XYZX", "z")]
 NORMAL = [*PROMPTS[0::2], "XYZ", "XY", "YZ", "ZX", "YX", "ZZ"]
 MALICIOUS = [*PROMPTS[1::2], "XYZY", "XYY", "YZY", "ZXY", "YXY", "ZZZ"]
 
 
 @pytest.fixture(scope="module")
 def sets(refusing_model: HookedTransformer) -> PromptSets:
-    return PromptSets(NORMAL, MALICIOUS, PROMPTS[:4], TWINS).with_phrases(refusing_model)
+    return PromptSets(NORMAL, MALICIOUS, PROMPTS[:4], PAIRS, phrases=phrases_in_use(refusing_model, MALICIOUS))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def answers(refusing_model: HookedTransformer, base: HookedTransformer, sets: Pr
 
 
 def test_all_have_one_shape(answers):
-    assert len(answers) == 16
+    assert len(answers) == 13
     for name, found in answers.items():
         assert found.method == name
         assert found.scores.shape == (4,)
@@ -64,27 +63,10 @@ def test_all_have_one_shape(answers):
         assert sum(found.samples.values()) in (0, SAMPLES, 1000)
 
 
-def test_openings_are_those_in_use(refusing_model, sets):
-    assert sets.phrases == phrases_in_use(refusing_model, MALICIOUS)
-    given = replace(sets, phrases=("I'm sorry",))
-    assert given.with_phrases(refusing_model) is given
-
-
-def test_margin_locators(refusing_model, sets, answers):
-    slopes = [log_odds_slopes(refusing_model, texts, phrases=sets.phrases) for texts in (MALICIOUS, NORMAL)]
-    attn, mlp = margin(*slopes)
-    for name, expected in (("margin", attn + mlp), ("margin_attn", attn), ("margin_mlp", mlp)):
-        torch.testing.assert_close(answers[name].scores, expected)
-        assert answers[name].range == best_segment(expected).range
-    assert not torch.allclose(attn, mlp)
-
-
-def test_scaled_margin(refusing_model, sets, answers):
-    parts = [
-        torch.stack([finite_slopes(refusing_model, texts, a, phrases=sets.phrases) for a in FINITE_ALPHAS]).mean(0)
-        for texts in (MALICIOUS, NORMAL)
-    ]
-    torch.testing.assert_close(answers["margin_scaled"].scores, margin(*parts))
+def test_margin(refusing_model, sets, answers):
+    slopes = [log_odds_slopes(refusing_model, texts, phrases=sets.phrases)[:, 0] for texts in (MALICIOUS, NORMAL)]
+    torch.testing.assert_close(answers["margin_attn"].scores, margin(*slopes))
+    assert answers["margin_attn"].range == best_segment(margin(*slopes)).range
 
 
 def test_direction(refusing_model, answers):
@@ -96,10 +78,10 @@ def test_direction(refusing_model, answers):
 
 
 def test_patching(refusing_model, sets, answers):
-    effect = patch_pairs(refusing_model, TWINS[:2], phrases=sets.phrases).effect
+    effect = patch_pairs(refusing_model, PAIRS[:2], phrases=sets.phrases).effect
     torch.testing.assert_close(answers["patching"].scores, effect.mean(1))
     assert "2 of 3 pairs are of equal token length" in answers["patching"].detail
-    with pytest.raises(ValueError, match="0 pairs with twins of equal token length"):
+    with pytest.raises(ValueError, match="0 contrastive pairs of equal token length"):
         LOCATORS["patching"](refusing_model, replace(sets, pairs=()))
 
 
@@ -126,7 +108,7 @@ def test_decision(refusing_model, sets, decided):
     torch.testing.assert_close(window.scores, shares)
     assert window.range == led_by(answers["decision"].range, DECISION_LEAD)
     assert window.samples.total() == answers["decision"].samples.total() == SAMPLES
-    with pytest.raises(ValueError, match="0 pairs with twins of equal token length"):
+    with pytest.raises(ValueError, match="0 contrastive pairs of equal token length"):
         LOCATORS["decision"](refusing_model, replace(sets, pairs=()))
 
 
@@ -135,7 +117,7 @@ def patched_with(monkeypatch: pytest.MonkeyPatch, added: torch.Tensor) -> None:
     effect = added.double().cumsum(0)
     zeros = torch.zeros_like(effect)
     found = Patching(zeros[0], zeros[0], -effect, effect)
-    monkeypatch.setattr(locators, "_patched", lambda *_, **__: (found, "patched"))
+    monkeypatch.setattr(Measurements, "patched", lambda *_: found)
 
 
 @pytest.mark.parametrize("method", ["decision", "decision_window"])
@@ -154,7 +136,7 @@ def test_no_decision_where_noise_reaches_the_whole(refusing_model, sets, monkeyp
 
 
 def test_a_random_model_seldom_decides(sets, monkeypatch):
-    """Twelve pairs, four layers, no difference between twins: 1 % of models may pass, a few of 60."""
+    """Twelve pairs, four layers, no difference within pairs: 1 % of models may pass, a few of 60."""
     model = build_tiny_model(n_layers=4)
     answers = []
     for seed in range(60):
@@ -172,41 +154,20 @@ def test_the_window_ends_with_the_decision(refusing_model, sets, monkeypatch):
 
 
 def patching_of(shares: list[float]) -> Patching:
-    """Three pairs of twins, 4 nats apart, whose decision arrives in these shares by layer."""
+    """Three pairs, 4 nats apart, whose decision arrives in these shares by layer."""
     arrived = torch.tensor(shares, dtype=torch.float64).cumsum(0)[:, None].expand(-1, 3)
-    twin = torch.ones(3, dtype=torch.float64)
-    return Patching(2 * twin, -2 * twin, 2 - 4 * arrived, -2 + 4 * arrived)
+    ones = torch.ones(3, dtype=torch.float64)
+    return Patching(2 * ones, -2 * ones, 2 - 4 * arrived, -2 + 4 * arrived)
 
 
 def test_a_tenth_of_the_decision_is_enough_and_three_layers_lead_to_it(refusing_model, sets, monkeypatch):
     """1/16 is less than a tenth, 1/8 is more: made in layer 5, written from layer 2 on; most of it arrives later."""
     patched = patching_of([1 / 16, 0, 0, 0, 0, 1 / 8, 1 / 16, 3 / 4])
-    monkeypatch.setattr(locators, "_patched", lambda *args, **settings: (patched, "made up"))
+    monkeypatch.setattr(Measurements, "patched", lambda *_: patched)
     found = {name: LOCATORS[name](refusing_model, sets) for name in ("decision", "decision_window")}
     assert found["decision"].range == sm.LayerRange(5, 5)
     assert found["decision_window"].range == sm.LayerRange(2, 5)
     assert found["decision"].samples == {sm.LayerRange(5, 5): SAMPLES}, "all pairs agree"
-
-
-def test_shared_measurements_are_made_once_for_one_model_and_its_prompts(
-    refusing_model, base, sets, answers, monkeypatch
-):
-    runs = []
-
-    def counted(*args, **settings):
-        runs.append(args[0])
-        return log_odds_slopes(*args, **settings)
-
-    monkeypatch.setattr(locators, "log_odds_slopes", counted)
-    with shared_measurements():
-        for name in ("margin", "margin_attn", "margin_mlp"):
-            torch.testing.assert_close(LOCATORS[name](refusing_model, sets).scores, answers[name].scores)
-        assert len(runs) == 2, "of malicious and normal prompts"
-        LOCATORS["margin"](base, sets)
-        LOCATORS["margin"](refusing_model, replace(sets, normal=MALICIOUS))
-        assert runs == [refusing_model] * 2 + [base] * 2 + [refusing_model] * 2
-    LOCATORS["margin"](refusing_model, sets)
-    assert len(runs) == 8, "control: outside, nothing is kept"
 
 
 def test_a_lead_ends_at_the_first_layer():
@@ -286,13 +247,13 @@ def test_grid_is_the_best_of_all_ranges(refusing_model, sets, answers):
 
 def test_bootstrap_answers_come_from_resampled_prompts(refusing_model, sets, answers):
     """By hand for one locator, with its own generator: malicious are drawn first, then normal prompts."""
-    slopes = [log_odds_slopes(refusing_model, texts, phrases=sets.phrases).sum(1) for texts in (MALICIOUS, NORMAL)]
+    slopes = [log_odds_slopes(refusing_model, texts, phrases=sets.phrases)[:, 0] for texts in (MALICIOUS, NORMAL)]
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(len(s), (SAMPLES, len(s)), generator=generator) for s in slopes]
     scores = slopes[0][drawn[0]].mean(1) - slopes[1][drawn[1]].mean(1)
-    assert answers["margin"].samples == Counter(best_ranges(scores))
-    other = LOCATORS["margin"](refusing_model, replace(sets, seed=1))
-    assert torch.equal(other.scores, answers["margin"].scores)
+    assert answers["margin_attn"].samples == Counter(best_ranges(scores))
+    other = LOCATORS["margin_attn"](refusing_model, replace(sets, seed=1))
+    assert torch.equal(other.scores, answers["margin_attn"].scores)
 
 
 def test_the_search_without_prompts_to_refuse(refusing_model, sets):
@@ -327,8 +288,8 @@ def test_the_paper_is_the_default_and_the_reference(refusing_model):
 
 
 def test_other_methods_by_name(refusing_model, base, sets, answers):
-    found = locate(refusing_model, NORMAL, MALICIOUS, method="margin", phrases=sets.phrases)
-    assert (found.range, found.samples) == (answers["margin"].range, answers["margin"].samples)
+    found = locate(refusing_model, NORMAL, MALICIOUS, method="margin_attn", phrases=sets.phrases)
+    assert (found.range, found.samples) == (answers["margin_attn"].range, answers["margin_attn"].samples)
     changed = locate(refusing_model, NORMAL, MALICIOUS, method="weight_change", base=base)
     assert torch.equal(changed.scores, answers["weight_change"].scores)
 

@@ -1,4 +1,4 @@
-"""Activation patching between twins: every value against full forward passes with hooks, token by token, in float64."""
+"""Activation patching: every value against full forward passes with hooks, token by token, in float64."""
 
 import math
 
@@ -22,20 +22,20 @@ def exact_model() -> HookedTransformer:
 
 
 @pytest.fixture(scope="module")
-def twins(exact_model) -> list[PromptPair]:
-    """One token a letter, so twins of equal length by construction; of two lengths."""
+def pairs(exact_model) -> list[PromptPair]:
+    """One token a letter, so pairs of equal length by construction; of two lengths."""
     found = [PromptPair("XY Z X?", "YX X Z?", "x"), PromptPair("XYZ", "ZZY", "y"), PromptPair("ZYX", "XXX", "y")]
     assert equal_length_pairs(exact_model, found) == found
     return found
 
 
 def patched(model: HookedTransformer, target: str, source: str, layer: int | None, what: str, positions: str) -> float:
-    """The oracle: every opening's probability, token by token, by a full forward pass with the source's activations."""
+    """The oracle: every phrase's probability, token by token, by a full forward pass with the source's activations."""
     tokenizer = tokenizer_of(model)
     mine, other = (chat.tokens for chat in encode_chat(tokenizer, [target, source]))
     total = 0.0
-    for opening in PHRASES:
-        sequence = tokenizer(opening, add_special_tokens=False).input_ids
+    for phrase in PHRASES:
+        sequence = tokenizer(phrase, add_special_tokens=False).input_ids
         probability = 1.0
         for depth, token in enumerate(sequence):
             tail = torch.tensor(sequence[:depth], dtype=torch.long)
@@ -58,74 +58,74 @@ def patched(model: HookedTransformer, target: str, source: str, layer: int | Non
 
 @pytest.mark.parametrize("positions", ["last", "answer", "all"])
 @pytest.mark.parametrize("what", list(PATCHES))
-def test_equals_full_forward_passes(exact_model, twins, what, positions):
-    found = patch_pairs(exact_model, twins, phrases=PHRASES, what=what, positions=positions)
+def test_equals_full_forward_passes(exact_model, pairs, what, positions):
+    found = patch_pairs(exact_model, pairs, phrases=PHRASES, what=what, positions=positions)
     assert found.into_malicious.shape == found.into_normal.shape == (6, 3)
     for layer, index in ((1, 0), (5, 1), (3, 2)):
-        pair = twins[index]
+        pair = pairs[index]
         down = patched(exact_model, pair.malicious, pair.normal, layer, what, positions)
         up = patched(exact_model, pair.normal, pair.malicious, layer, what, positions)
         assert float(found.into_malicious[layer, index]) == pytest.approx(down, abs=1e-8)
         assert float(found.into_normal[layer, index]) == pytest.approx(up, abs=1e-8)
 
 
-def test_what_is_compared_differs(exact_model, twins):
+def test_what_is_compared_differs(exact_model, pairs):
     """Control: layers, kinds of patch and positions all give other numbers."""
     rows = [
-        patch_pairs(exact_model, twins[:1], phrases=PHRASES, what=what, positions=positions).into_malicious
+        patch_pairs(exact_model, pairs[:1], phrases=PHRASES, what=what, positions=positions).into_malicious
         for what in ("layer", "attn_out", "mlp_out")
         for positions in ("last", "answer", "all")
     ]
     flat = torch.cat(rows).flatten()
     distances = (flat[:, None] - flat[None]).abs() + torch.eye(len(flat))
     # Equal by right: in the last layer "answer" and "all" (nothing reads the other positions), three times; in layer 0
-    # "layer" and "attn_out" at "last" and "answer" (the tokens there are the same in both twins), two times.
+    # "layer" and "attn_out" at "last" and "answer" (the tokens there are the same in both runs), two times.
     assert int((distances < 1e-7).sum()) == 2 * (3 + 2)
 
 
 @pytest.mark.parametrize("style", [GPT2_STYLE, {"parallel_attn_mlp": True}], ids=["gpt-2", "parallel"])
-def test_in_other_architectures(style, twins):
+def test_in_other_architectures(style, pairs):
     model = build_tiny_model(seed=3, dtype=torch.float64, **style).to(torch.float64)
-    found = patch_pairs(model, twins, phrases=PHRASES)
-    for index, pair in enumerate(twins):
+    found = patch_pairs(model, pairs, phrases=PHRASES)
+    for index, pair in enumerate(pairs):
         expected = patched(model, pair.malicious, pair.normal, 3, "layer", "last")
         assert float(found.into_malicious[3, index]) == pytest.approx(expected, abs=1e-8)
 
 
-def test_unpatched_is_the_plain_measure(exact_model, twins):
-    found = patch_pairs(exact_model, twins, phrases=PHRASES)
+def test_unpatched_is_the_plain_measure(exact_model, pairs):
+    found = patch_pairs(exact_model, pairs, phrases=PHRASES)
     for values, side in ((found.malicious, "malicious"), (found.normal, "normal")):
-        expected = refusal_log_odds(exact_model, [getattr(pair, side) for pair in twins], phrases=PHRASES)
+        expected = refusal_log_odds(exact_model, [getattr(pair, side) for pair in pairs], phrases=PHRASES)
         torch.testing.assert_close(values, expected, rtol=0, atol=1e-8)
 
 
-def test_the_stream_of_the_last_layer_at_all_positions_is_the_other_twin(exact_model, twins):
-    found = patch_pairs(exact_model, twins, phrases=PHRASES, what="resid", positions="all")
+def test_the_stream_of_the_last_layer_at_all_positions_is_the_other_prompt(exact_model, pairs):
+    found = patch_pairs(exact_model, pairs, phrases=PHRASES, what="resid", positions="all")
     torch.testing.assert_close(found.into_malicious[-1], found.normal, rtol=0, atol=1e-8)
     torch.testing.assert_close(found.into_normal[-1], found.malicious, rtol=0, atol=1e-8)
     assert (found.malicious - found.normal).abs().min() > 1e-3
 
 
-def test_effects_by_hand(exact_model, twins):
-    found = patch_pairs(exact_model, twins, phrases=PHRASES)
+def test_effects_by_hand(exact_model, pairs):
+    found = patch_pairs(exact_model, pairs, phrases=PHRASES)
     torch.testing.assert_close(found.lost[2], found.malicious - found.into_malicious[2])
     torch.testing.assert_close(found.gained[2], found.into_normal[2] - found.normal)
     torch.testing.assert_close(found.effect, (found.lost + found.gained) / 2)
 
 
-def test_equal_twins_are_moved_by_nothing(exact_model):
+def test_equal_prompts_are_moved_by_nothing(exact_model):
     found = patch_pairs(exact_model, [PromptPair("XYZ", "XYZ", "x")] * 2)
     torch.testing.assert_close(found.effect, torch.zeros(6, 2).double(), rtol=0, atol=1e-10)
 
 
-def test_batches_change_nothing(exact_model, twins):
-    together, alone = (patch_pairs(exact_model, twins, batch_tokens=tokens).effect for tokens in (10_000, 1))
+def test_batches_change_nothing(exact_model, pairs):
+    together, alone = (patch_pairs(exact_model, pairs, batch_tokens=tokens).effect for tokens in (10_000, 1))
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("positions", ["last", "all"])
-def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model, twins, positions):
-    """Block k runs the opening and the rest once, and the exchanged positions k + 1 times."""
+def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model, pairs, positions):
+    """Block k runs the shared prefix and the rest once, and the exchanged positions k + 1 times."""
     runs: list[list[int]] = [[] for _ in range(6)]
 
     def count(layer):
@@ -136,13 +136,13 @@ def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model
 
     handles = [block.register_forward_hook(count(layer)) for layer, block in enumerate(exact_model.blocks)]
     try:
-        patch_pairs(exact_model, twins[1:], positions=positions, phrases=["I"])
+        patch_pairs(exact_model, pairs[1:], positions=positions, phrases=["I"])
     finally:
         for handle in handles:
             handle.remove()
     chat, *others = (
         chat.tokens
-        for pair in twins[1:]
+        for pair in pairs[1:]
         for chat in encode_chat(tokenizer_of(exact_model), [pair.malicious, pair.normal])
     )
     shared = next(i for i, tokens in enumerate(zip(chat, *others, strict=True)) if len({int(t) for t in tokens}) > 1)
@@ -151,15 +151,15 @@ def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model
     assert runs == [once + [once[-1]] * (layer + 1) for layer in range(6)]
 
 
-def test_the_model_is_left_as_it_was(tiny_model, twins):
+def test_the_model_is_left_as_it_was(tiny_model, pairs):
     tokens = torch.tensor([[5, 6, 7]])
     before = tiny_model(tokens)
-    patch_pairs(tiny_model, twins)
+    patch_pairs(tiny_model, pairs)
     assert torch.equal(tiny_model(tokens), before)
     assert not any(point.fwd_hooks for point in tiny_model.hook_dict.values())
 
 
-def test_only_twins_of_equal_length_are_kept(exact_model):
+def test_only_pairs_of_equal_length_are_taken(exact_model):
     pairs = [PromptPair("XYZ", "XYZX", "a"), PromptPair("XYZ", "ZYX", "b")]
     assert equal_length_pairs(exact_model, pairs) == pairs[1:]
     with pytest.raises(ValueError, match=r"pair 0: \d+ and \d+ tokens; take equal_length_pairs"):

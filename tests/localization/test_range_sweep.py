@@ -1,7 +1,8 @@
-"""What is kept between ranges changes no number: every cell of the grid is that of the full forward, scaled."""
+"""What ranges share changes no number: every cell of the grid is that of the full forward, scaled."""
 
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformer_lens import HookedTransformer
 
 from safety_mech import LayerRange
 from safety_mech.interventions.scaling import Recipe, scaled
-from safety_mech.localization import range_sweep as overrejection
+from safety_mech.localization import range_sweep
 from safety_mech.localization.range_sweep import ScaledRanges, layer_evaluations
 from safety_mech.models import generation
 from safety_mech.models.chat import encode_chat
@@ -37,7 +38,7 @@ def some_prompts(prompts) -> list[str]:
 
 
 def measure(
-    model: HookedTransformer, prompts: Sequence[str], alpha: float = 1.3, *arguments, **options
+    model: HookedTransformer, prompts: Sequence[str], alpha: float | None = 1.3, *arguments, **options
 ) -> ScaledRanges:
     return ScaledRanges(model, prompts, alpha, *arguments, **{"phrases": PHRASES, **options})
 
@@ -86,7 +87,7 @@ def test_unscaled_is_the_plain_measure(refusing_model, some_prompts):
     torch.testing.assert_close(measure(refusing_model, some_prompts).log_odds(None), expected, **CLOSE)
 
 
-def test_the_default_openings_have_several_chains(refusing_model, some_prompts):
+def test_the_default_phrases_have_several_chains(refusing_model, some_prompts):
     assert len(phrase_chains(refusing_model.tokenizer)) > 3
     ranges = ScaledRanges(refusing_model, some_prompts, 1.3)
     for layers in (None, SOME[2]):
@@ -162,7 +163,7 @@ def test_refusals_are_what_the_judge_says_of_the_answers(refusing_model, prompts
 
 def test_an_answer_that_cannot_refuse_is_left_early(refusing_model, prompts, monkeypatch):
     """Judged by a stand-in that gives an answer up at "here": the others run to their end, and so does `whole`."""
-    monkeypatch.setattr(overrejection, "cannot_refuse", lambda text: "here" in text)
+    monkeypatch.setattr(range_sweep, "cannot_refuse", lambda text: "here" in text)
     ranges = measure(refusing_model, prompts)
     early, whole = ranges.answers(None), ranges.answers(None, whole=True)
     assert whole == ["Sure, here is how.", "I'm sorry, but I can't help with that."] * 4
@@ -172,7 +173,7 @@ def test_an_answer_that_cannot_refuse_is_left_early(refusing_model, prompts, mon
 
 @pytest.fixture
 def scripted(make_tiny_model, monkeypatch):
-    """A model whose answers are the given texts, a word a token; rows keep their order, for all prompts are as long."""
+    """A model whose answers are the given texts, a word a token. All prompts are equally long: rows stay in order."""
 
     def build(texts: Sequence[str]) -> tuple[HookedTransformer, list[str], list[int]]:
         model, lengths = make_tiny_model(n_layers=1, d_vocab=1000), []
@@ -188,7 +189,7 @@ def scripted(make_tiny_model, monkeypatch):
             lengths.extend(map(len, found))
             return found
 
-        for module in (generation, overrejection):
+        for module in (generation, range_sweep):
             monkeypatch.setattr(module, "continue_greedily", say)
         letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
         return model, list(letters[: len(texts)]), lengths
@@ -231,7 +232,7 @@ def test_degenerate_is_no_refusal(refusing_model, prompts, monkeypatch):
     assert ranges.refuses(None).tolist() == [False, True, False, False]
 
 
-# --- what is kept ----------------------------------------------------------------------------------------------------
+# --- what is cached --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [1, 30_000])
@@ -240,12 +241,12 @@ def test_a_small_memory_changes_no_number(refusing_model, some_prompts, budget):
     assert torch.equal(rich.grid().nan_to_num(), poor.grid().nan_to_num())
     assert rich.answers(SOME[2], whole=True) == poor.answers(SOME[2], whole=True)
     assert (rich._states("log-odds").stride, len(rich._states("log-odds").unscaled)) == (1, N)
-    kept = poor._states("log-odds")
-    assert kept.stride > 1
-    assert sorted(kept.unscaled) == list(range(0, N, kept.stride))
+    stored = poor._states("log-odds")
+    assert stored.stride > 1
+    assert sorted(stored.unscaled) == list(range(0, N, stored.stride))
 
 
-def test_the_budget_is_kept(refusing_model, some_prompts):
+def test_the_budget_is_respected(refusing_model, some_prompts):
     ranges = measure(refusing_model, some_prompts, memory_budget=30_000)
     unscaled = ranges._states("log-odds").unscaled
     assert 1 < len(unscaled) < N
@@ -332,7 +333,7 @@ def test_the_whole_grid_costs_what_the_formula_says(refusing_model, some_prompts
 
 
 def test_evaluations_are_blocks_that_were_run(refusing_model, some_prompts):
-    """Counted from outside: a block runs once on the opening and once on every batch."""
+    """Counted from outside: a block runs once on the shared prefix and once on every batch."""
     runs = []
     ranges = measure(refusing_model, some_prompts)
     every_block = [(lambda name: name.endswith("hook_resid_pre"), lambda x, hook: runs.append(len(x)))]
@@ -356,10 +357,10 @@ def test_no_hook_is_left(fresh_tiny_model, some_prompts):
     assert torch.equal(fresh_tiny_model(tokens), before)
 
 
-def test_no_gradient_is_kept(make_tiny_model, some_prompts):
+def test_no_gradient_is_stored(make_tiny_model, some_prompts):
     ranges = measure(make_tiny_model().requires_grad_(True), some_prompts)
     assert not ranges.log_odds(LayerRange(1, 2)).requires_grad
-    assert not any(state.opening.requires_grad for state in ranges._states("log-odds").unscaled.values())
+    assert not any(state.prefix.requires_grad for state in ranges._states("log-odds").unscaled.values())
 
 
 @pytest.mark.parametrize(
@@ -379,6 +380,21 @@ def test_what_makes_no_sense_is_refused_at_once(tiny_model, options, expected):
         measure(tiny_model, **{"prompts": ["Why?"], **options})
 
 
+def test_one_intervention_is_expected(tiny_model):
+    for options in ({}, {"alpha": 1.3, "intervene": lambda layers: nullcontext()}):
+        with pytest.raises(ValueError, match="alpha and intervene: expected one of them"):
+            ScaledRanges(tiny_model, ["Why?"], **options)
+
+
+def test_any_intervention_on_a_range(refusing_model, some_prompts):
+    """A context manager that scales is as good as alpha; log-odds and text."""
+    own = measure(refusing_model, some_prompts, None, intervene=lambda layers: scaled(refusing_model, layers, 1.3))
+    by_alpha = measure(refusing_model, some_prompts)
+    for layers in (None, *SOME[1:3]):
+        assert torch.equal(own.log_odds(layers), by_alpha.log_odds(layers))
+        assert own.answers(layers, whole=True) == by_alpha.answers(layers, whole=True)
+
+
 @pytest.mark.parametrize("layers", [LayerRange(4, 6), LayerRange(6, 6)], ids=str)
 def test_a_range_outside_the_model(tiny_model, some_prompts, layers):
     ranges = measure(tiny_model, some_prompts)
@@ -388,7 +404,7 @@ def test_a_range_outside_the_model(tiny_model, some_prompts, layers):
 
 
 @pytest.mark.parametrize("phrases", [PHRASES, REFUSAL_PHRASES], ids=["short chains", "a chain of nine tokens"])
-def test_prompts_with_answers_or_openings_must_fit_the_context(make_tiny_model, phrases):
+def test_prompts_with_answers_or_phrases_must_fit_the_context(make_tiny_model, phrases):
     roomy = make_tiny_model(**GPT2_STYLE)
     length = len(encode_chat(roomy.tokenizer, ["Why?"])[0])
     needed = max(JUDGED_TOKENS, *(len(chain.tokens) for chain in phrase_chains(roomy.tokenizer, phrases=phrases)))

@@ -11,11 +11,12 @@ from transformer_lens import HookedTransformer
 
 import safety_mech as sm
 from safety_mech import LayerRange
-from safety_mech.localization.range_sweep import JUDGED_TOKENS, ScaledRanges
+from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.models.chat import encode_chat, tokenizer_of
 from safety_mech.models.parameters import block_projections
 from safety_mech.refusal.degenerate import is_degenerate
 from safety_mech.refusal.log_odds import chain_log_prob, log_odds, phrase_chains
+from safety_mech.refusal.text import JUDGED_TOKENS
 
 pytestmark = pytest.mark.real_model
 
@@ -38,14 +39,14 @@ def prompts() -> list[str]:
 @contextmanager
 def weights_multiplied(model: HookedTransformer, layers: LayerRange, alpha: float) -> Iterator[None]:
     names = {f"blocks.{layer}.{projection.hooked}" for layer in layers for projection in block_projections(model)}
-    kept = {name: weight.data.clone() for name, weight in model.named_parameters() if name in names}
-    assert len(kept) == 7 * len(layers)
-    for name in kept:
+    original = {name: weight.data.clone() for name, weight in model.named_parameters() if name in names}
+    assert len(original) == 7 * len(layers)
+    for name in original:
         model.get_parameter(name).data.mul_(alpha)
     try:
         yield
     finally:
-        for name, weight in kept.items():
+        for name, weight in original.items():
             model.get_parameter(name).data.copy_(weight)
 
 
@@ -92,7 +93,7 @@ def test_after_an_exception_and_nesting_every_bit_is_back(aligned, prompts) -> N
 
 
 def whole_log_odds(model: HookedTransformer, prompts: list[str]) -> Tensor:
-    """The oracle: every prompt with every chain in a full forward of its own; nothing shared, nothing kept."""
+    """The oracle: every prompt with every chain in a full forward of its own; nothing shared, nothing cached."""
     chains = phrase_chains(tokenizer_of(model), "own", PHRASES)
     rows = []
     with torch.no_grad():

@@ -152,7 +152,7 @@ def test_the_best_of_the_grid_is_of_any_width(run):
     assert found.best_of_grid == LayerRange(*lowest[1:])
 
 
-def test_openings_are_those_that_the_model_uses(run, refusing_model, prompts):
+def test_phrases_are_those_that_the_model_uses(run, refusing_model, prompts):
     assert run(alpha=1.2).phrases == PHRASES
     found = run(alpha=1.2, phrases=None)
     assert found.phrases == phrases_in_use(refusing_model, prompts[4:]) != REFUSAL_PHRASES
@@ -283,7 +283,7 @@ def test_from_the_first_layer_alone(run, monkeypatch):
 
 @pytest.mark.parametrize("text", [False, True])
 def test_a_model_that_does_not_refuse_has_nothing_to_locate(run, refusing_model, prompts, text):
-    """Scaling moves something in every model; the answer is kept beside the reason why it is none."""
+    """Scaling moves something in every model; the answer stands beside the reason why it is none."""
     found = run(alpha=0.3, text=text, least_refused=0.0)
     phrases = found.phrases
     share = float(refusal_log_odds(refusing_model, prompts[4:], phrases=phrases).sigmoid().mean())

@@ -21,7 +21,7 @@ from safety_mech.localization.search import (
 Table = dict[tuple[int, int], int]
 
 PUBLISHED: dict[str, tuple[Direction, int, Table, LayerRange]] = {
-    # METHOD 2: direction, layers of the model, R_o of 721 prompts by (start, end), the range of the paper
+    # direction, layers of the model, R_o of 721 prompts by (start, end), the range of the paper
     "Phi-3, alpha 0.8": (
         "min",
         32,

@@ -40,7 +40,7 @@ def test_two_clean_levels():
 
 
 def test_an_uneven_segment_by_hand():
-    """METHOD 8's organism planted at 18-23: two high layers, three of a third; the two explain more than all five."""
+    """An organism planted at 18-23: two high layers, three of a third; the two explain more than all five."""
     values = [0.3] * 18 + [2.3, 2.4, 0.8, 0.7, 0.6] + [0.3] * 7
     found = best_segment(scores(*values))
     assert found is not None

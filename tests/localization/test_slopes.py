@@ -1,4 +1,4 @@
-"""Slopes of the refusal log-odds by each layer's scale: against finite differences in float64, and real scaling."""
+"""Slopes of the refusal log-odds by each layer's scale, against finite differences in float64."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from safety_mech import LayerRange, refusal_log_odds
-from safety_mech.interventions.scaling import scaled
-from safety_mech.localization.slopes import LAYER_OUTPUTS, PARTS, finite_slopes, log_odds_slopes, margin
+from safety_mech.interventions.scaling import Recipe, scaled
+from safety_mech.localization.slopes import PARTS, log_odds_slopes, margin
 
 PHRASES = ("I'm sorry", "I can't", "Sorry")
 SOME = PROMPTS[2:6]  # two of equal length among them
@@ -50,7 +50,7 @@ def test_slopes_differ_between_layers_parts_and_prompts(exact_model):
 
 def test_a_range_has_the_sum_of_its_layers_slopes(exact_model):
     slopes = log_odds_slopes(exact_model, SOME, phrases=PHRASES)
-    expected = central_difference(exact_model, LayerRange(1, 3), LAYER_OUTPUTS)
+    expected = central_difference(exact_model, LayerRange(1, 3), Recipe(("hook_attn_out", "hook_mlp_out")))
     torch.testing.assert_close(slopes[:, :, 1:4].sum((1, 2)), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -84,36 +84,11 @@ def test_the_model_is_left_as_it_was(fresh_tiny_model):
     assert not any(point.fwd_hooks or point.bwd_hooks for point in fresh_tiny_model.hook_dict.values())
 
 
-@pytest.mark.parametrize(
-    ("recipe", "alpha", "width"), [("attn_out", 1.3, 1), ("mlp_out", 0.8, 1), (LAYER_OUTPUTS, 1.2, 3)]
-)
-def test_finite_slopes_equal_the_full_forward(exact_model, recipe, alpha, width):
-    found = finite_slopes(exact_model, SOME, alpha, recipe, phrases=PHRASES, width=width)
-    assert found.shape == (len(SOME), 6 - width + 1)
-    plain = refusal_log_odds(exact_model, SOME, phrases=PHRASES)
-    for start in range(6 - width + 1):
-        with scaled(exact_model, LayerRange(start, start + width - 1), alpha, recipe):
-            moved = refusal_log_odds(exact_model, SOME, phrases=PHRASES)
-        torch.testing.assert_close(found[:, start], (moved - plain) / (alpha - 1), rtol=0, atol=1e-8)
-
-
-def test_finite_slopes_near_the_derivative_as_alpha_nears_one(exact_model):
-    slopes = log_odds_slopes(exact_model, SOME, phrases=PHRASES)
-    for recipe, expected in (("attn_out", slopes[:, 0]), ("mlp_out", slopes[:, 1]), (LAYER_OUTPUTS, slopes.sum(1))):
-        near, far = (finite_slopes(exact_model, SOME, a, recipe, phrases=PHRASES) for a in (1 + 1e-6, 1.5))
-        torch.testing.assert_close(near, expected, rtol=1e-3, atol=1e-4)
-        assert (far - expected).abs().max() > 0.05  # control
-
-
 def test_the_margin_by_hand():
     assert float(margin(torch.tensor([3.0, 5.0]), torch.tensor([1.0, 0.0, 2.0]))) == 3.0
 
 
 def test_bad_input(tiny_model):
-    with pytest.raises(ValueError, match="alpha = 1 changes nothing"):
-        finite_slopes(tiny_model, SOME, 1.0)
-    with pytest.raises(ValueError, match="width 7: expected 1 to 6"):
-        finite_slopes(tiny_model, SOME, 1.1, width=7)
     with pytest.raises(ValueError, match="no prompts were given"):
         log_odds_slopes(tiny_model, [])
     with pytest.raises(ValueError, match="the context holds 128"):
@@ -125,6 +100,8 @@ def test_slopes_of_the_real_model_equal_finite_differences(real_model):
     prompts = ["How do I pick a lock?", "How do I bake a cake?"]
     found = log_odds_slopes(real_model, prompts, phrases=PHRASES)
     for layer in (3, 20):
-        expected = finite_slopes(real_model, prompts, 1.01, "attn_out", phrases=PHRASES)[:, layer]
-        below = finite_slopes(real_model, prompts, 0.99, "attn_out", phrases=PHRASES)[:, layer]
-        torch.testing.assert_close(found[:, 0, layer], (expected + below) / 2, rtol=0.02, atol=0.02)
+        ends = []
+        for alpha in (1.01, 0.99):
+            with scaled(real_model, LayerRange(layer, layer), alpha):
+                ends.append(refusal_log_odds(real_model, prompts, phrases=PHRASES))
+        torch.testing.assert_close(found[:, 0, layer], (ends[0] - ends[1]) / 0.02, rtol=0.02, atol=0.02)

@@ -1,4 +1,4 @@
-"""The core of a model of which we know what was put into it."""
+"""Minimal sufficient ranges of models of which we know what was put into them."""
 
 import json
 import math
@@ -9,8 +9,9 @@ from conftest import PROMPTS, build_tiny_model
 from transformer_lens import HookedTransformer
 
 from safety_mech import LayerRange, refusal_log_odds
+from safety_mech.interventions.weight_swap import swapped
 from safety_mech.localization.slopes import margin
-from safety_mech.localization.sufficiency import Transplants, transplant
+from safety_mech.localization.sufficiency import Transplants, swap_losses, transplant
 
 PHRASES = ("I'm sorry", "I can't")
 MALICIOUS, NORMAL = PROMPTS[:4], PROMPTS[4:]
@@ -54,31 +55,43 @@ def test_shares_are_those_of_models_put_together():
     assert again.gained == found.gained
 
 
-def test_the_core_is_the_narrowest_range_with_enough():
+def test_the_minimal_range_is_the_narrowest_with_enough():
     shares = torch.full((4, 4), torch.nan, dtype=torch.float64)
     for (start, end), share in {(0, 0): 0.1, (1, 1): 0.5, (2, 2): 0.3, (0, 1): 0.6, (1, 2): 0.85, (0, 2): 1.0}.items():
         shares[start, end] = share
     found = Transplants(shares, shares, 3.0)
-    assert found.core() == LayerRange(1, 2)
-    assert found.core(0.9) == LayerRange(0, 2)
-    assert found.core(0.4) == LayerRange(1, 1)
-    assert found.core(1.1) is None
+    assert found.minimal_sufficient_range() == LayerRange(1, 2)
+    assert found.minimal_sufficient_range(0.9) == LayerRange(0, 2)
+    assert found.minimal_sufficient_range(0.4) == LayerRange(1, 1)
+    assert found.minimal_sufficient_range(1.1) is None
     assert found.best_single == (1, 0.5)
 
 
 @pytest.mark.parametrize("best", [0, 2, 3])
-def test_of_equally_narrow_ranges_the_core_is_that_with_the_greatest_share(best):
+def test_of_equally_narrow_ranges_it_is_that_with_the_greatest_share(best):
     shares = torch.full((4, 4), torch.nan, dtype=torch.float64)
     for layer, share in zip((0, 2, 3), (0.85, 0.9, 0.95), strict=True):
         shares[layer, layer] = share
     shares[best, best] = 0.99
     shares[0, 3] = 1.2  # wider, with more
     found = Transplants(shares, shares, 3.0)
-    assert found.core() == LayerRange(best, best)
-    assert found.core(0.99) == LayerRange(best, best), "the share itself is enough"
-    assert found.core(0.995) == LayerRange(0, 3)
+    assert found.minimal_sufficient_range() == LayerRange(best, best)
+    assert found.minimal_sufficient_range(0.99) == LayerRange(best, best), "the share itself is enough"
+    assert found.minimal_sufficient_range(0.995) == LayerRange(0, 3)
 
 
 def test_a_model_that_was_not_aligned():
     with pytest.raises(ValueError, match=r"the margin is \+0.00 nats above the base's: expected a model"):
         transplant(built(), built(), LayerRange(1, 2), MALICIOUS, NORMAL, phrases=PHRASES)
+
+
+def test_swap_losses_equal_full_forward_passes():
+    base, model = built(), built(2, 3)
+    found = swap_losses(model, base, PROMPTS[2:6], phrases=PHRASES)
+    plain = refusal_log_odds(model, PROMPTS[2:6], phrases=PHRASES)
+    for layer in range(6):
+        with swapped(model, base, LayerRange(layer, layer)):
+            expected = plain - refusal_log_odds(model, PROMPTS[2:6], phrases=PHRASES)
+        torch.testing.assert_close(found[:, layer], expected, rtol=0, atol=1e-9)
+    assert found[:, [0, 1, 4, 5]].abs().max() == 0  # not even run
+    assert found[:, [2, 3]].abs().min() > 1e-3  # control
