@@ -73,8 +73,8 @@ class ModelCurves:
     raw: GapStatistic
     pairs: GapStatistic
     matched: GapStatistic
-    halves: Float[Tensor, "sample layer"]
-    single: Float[Tensor, "sample layer"]
+    halves: Float[Tensor, "split layer"]
+    single: Float[Tensor, "topic layer"]
 
 
 @dataclass(frozen=True)
