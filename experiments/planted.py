@@ -17,11 +17,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
 
-from align import AlignRun
-from align import main as align
 from matplotlib.figure import Figure
 
 import safety_mech as sm
+from safety_mech.commands.align import AlignRun
+from safety_mech.commands.align import main as align
 from safety_mech.commands.command_line import run
 from safety_mech.data_files import data_folder
 from safety_mech.localization.located import Located, PromptSets, attempt, shared_measurements
@@ -87,7 +87,7 @@ class PlantedConfig:
     first_seed_methods: tuple[str, ...] = ("grid", "margin_scaled", "search_below")
     """Of these, the ones that are run on first seeds only: they take as long as all others together."""
     n_prompts: int = 64
-    """Normal and malicious test prompts, of each; and contrastive pairs, of which those of unequal length are left out."""
+    """Normal and malicious test prompts, of each; and contrastive pairs, less those of unequal length."""
     n_margin_scaled: int = 16
     """Of each kind, for margin_scaled."""
     n_over_rejection: int = 16

@@ -16,7 +16,6 @@ from transformer_lens import HookedTransformer
 from safety_mech.models.generation import generate
 from safety_mech.refusal.log_odds import refusal_log_odds
 from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, is_degenerate, refuses
-from safety_mech.training.loop import Pair, TrainConfig, encode_examples, mean_loss
 
 
 @dataclass(frozen=True)
@@ -90,9 +89,3 @@ def responses(
         torch.tensor([is_degenerate(answer) for answer in answers]),
         refusal_log_odds(model, prompts, template),
     )
-
-
-def perplexity(model: HookedTransformer, pairs: Sequence[Pair], template: str = "own") -> float:
-    """exp of the mean negative log-likelihood per answer token, over all (prompt, answer) pairs."""
-    config = TrainConfig(template=template)
-    return math.exp(mean_loss(model, encode_examples(model, pairs, config), config))

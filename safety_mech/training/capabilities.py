@@ -1,10 +1,11 @@
-"""What fine-tuning does to a model's skill: ROUGE-L of its answers, and multiple-choice accuracy as MMLU asks (§4).
+"""What fine-tuning leaves of a model's skill (paper §4): perplexity, ROUGE-L, and multiple choice as MMLU asks.
 
 Multiple choice is answered without generation: of the four letters, the one that the model gives the greatest
 log-probability as the first token of its answer. 25 % is what guessing gives.
 """
 
 import csv
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from safety_mech.models.chat import (
 )
 from safety_mech.models.forward import common_prefix, embed, run_blocks, stack_rest, unembed_last
 from safety_mech.refusal.rates import Rate
+from safety_mech.training.loop import TrainConfig, encode_examples, mean_loss
+from safety_mech.training.pairs import Pair
 
 LETTERS = ("A", "B", "C", "D")
 HEADER = ("question", *LETTERS, "answer")
@@ -87,6 +90,15 @@ def rouge_l_scores(answers: Sequence[str], references: Sequence[str]) -> Float[T
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     found = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     return torch.tensor([score["rougeL"].fmeasure for score in found], dtype=torch.float64)
+
+
+# --- perplexity -----------------------------------------------------------------------------------------------------
+
+
+def perplexity(model: HookedTransformer, pairs: Sequence[Pair], template: str = "own") -> float:
+    """exp of the mean negative log-likelihood per answer token, over all (prompt, answer) pairs."""
+    config = TrainConfig(template=template)
+    return math.exp(mean_loss(model, encode_examples(model, pairs, config), config))
 
 
 # --- multiple choice --------------------------------------------------------------------------------------------------
@@ -225,10 +237,10 @@ def letter_log_probs(
     check_context(chats, model.cfg.n_ctx)
     found = torch.empty(len(chats), len(LETTERS), dtype=torch.float64)
     with torch.no_grad():
-        opening = common_prefix(model, chats)
-        for indices in equal_length_batches([len(chat) - len(opening) for chat in chats], batch_tokens):
-            tokens = stack_rest(model, chats, indices, len(opening))
-            resid = run_blocks(model, embed(model, tokens, len(opening)), cache=opening.cache_for(len(indices)))
+        prefix = common_prefix(model, chats)
+        for indices in equal_length_batches([len(chat) - len(prefix) for chat in chats], batch_tokens):
+            tokens = stack_rest(model, chats, indices, len(prefix))
+            resid = run_blocks(model, embed(model, tokens, len(prefix)), cache=prefix.cache_for(len(indices)))
             log_probs = unembed_last(model, resid).double().log_softmax(dim=-1)
             found[indices] = log_probs[:, letters.to(log_probs.device)].cpu()
     if found.isnan().any():  # the largest of NaNs is the first: it would pass for an answer
