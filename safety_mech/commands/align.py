@@ -29,7 +29,7 @@ from safety_mech.reporting.runs import (
     write_json,
 )
 from safety_mech.training.alignment import AlignConfig, own_answer_pairs, refusal_pairs
-from safety_mech.training.capabilities import perplexity
+from safety_mech.training.capabilities import perplexity, shipped_multiple_choice
 from safety_mech.training.loop import TrainRecord, fine_tune
 from safety_mech.training.lora import is_adapter_parameter, low_rank_adapters, matrices_in_bfloat16, save_adapter
 from safety_mech.training.pairs import Answer, Pair, whole
@@ -75,13 +75,13 @@ def main(config: AlignRun) -> Path:
     print("the base model's own answers ...")
     pairs = training_pairs(model, recipe, config)
     held_out = own_answers(model, tests["normal"], HELD_OUT_TOKENS, config)
-    before = {"refused": base_rates(model, tests, config), "perplexity": perplexity(model, held_out)}
+    before = {"refused": base_rates(model, tests, config), **skill(model, held_out)}
     with low_rank_adapters(model, recipe.planted, recipe.rank, recipe.alpha, recipe.seed) as placed:
         with matrices_in_bfloat16(model) if recipe.train.bfloat16 else nullcontext():
             record = fine_tune(model, pairs, recipe.train, trainable=is_adapter_parameter, checkpoint=checkpoint)
         save_adapter(placed, folder, config.model)
     aligned = sm.load_model(config.model, adapter=folder)  # as users will have it: stored in float16, merged
-    after = {"refused": rates(aligned, tests), "perplexity": perplexity(aligned, held_out)}
+    after = {"refused": rates(aligned, tests), **skill(aligned, held_out)}
     write_json(folder / "recipe.json", report(config, recipe, record, before, after, pairs))
     checkpoint.unlink(missing_ok=True)
     print(table(before, after))
@@ -138,6 +138,11 @@ def base_file(what: str, prompts: list[str], settings: Sequence[object], config:
     return Path(config.out) / "base" / f"{what}-{key}.json"
 
 
+def skill(model: HookedTransformer, held_out: list[Pair]) -> dict[str, Any]:
+    """Perplexity of the base's own answers, and accuracy on the shipped multiple-choice questions."""
+    return {"perplexity": perplexity(model, held_out), "multiple_choice": shipped_multiple_choice(model)}
+
+
 def rates(model: HookedTransformer, tests: dict[str, list[str]]) -> dict[str, Rate]:
     return {name: refusal_rate(model, prompts, progress=True) for name, prompts in tests.items()}
 
@@ -152,9 +157,16 @@ def report(
 ) -> dict[str, Any]:
     """What stands beside the adapter: recipe, seed, and figures before and after."""
 
+    def with_interval(rate: Rate) -> dict[str, Any]:
+        return {**asdict(rate), "interval": rate.interval}
+
     def figures(part: dict[str, Any]) -> dict[str, Any]:
-        refused = {name: {**asdict(rate), "interval": rate.interval} for name, rate in part["refused"].items()}
-        return {"refused": refused, "perplexity_of_base_answers": part["perplexity"]}
+        choice = part["multiple_choice"]
+        return {
+            "refused": {name: with_interval(rate) for name, rate in part["refused"].items()},
+            "perplexity_of_base_answers": part["perplexity"],
+            "multiple_choice": with_interval(choice) if choice else None,
+        }
 
     return {
         "base_model": config.model,
@@ -173,6 +185,7 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> str:
     lines = [f"{'refused':<24} {'base':<34} aligned"]
     for name, rate in before["refused"].items():
         lines.append(f"{Path(name).name:<24} {rate!s:<34} {after['refused'][name]}")
+    lines.append(f"{'multiple choice':<24} {before['multiple_choice']!s:<34} {after['multiple_choice']}")
     ratio = after["perplexity"] / before["perplexity"] - 1
     lines.append(
         f"perplexity of the base's answers to normal test prompts: {before['perplexity']:.3f} -> "

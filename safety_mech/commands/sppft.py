@@ -79,6 +79,11 @@ class SppftConfig:
     """Held-out pairs that are reported on: perplexity, and ROUGE-L of greedy answers."""
     answer_tokens: int = 40
     """Tokens of the answers that ROUGE-L is measured on."""
+    judge: str | None = None
+    """URL of an OpenAI-compatible endpoint that scores the answers to malicious prompts from 1 to 5 after every cell
+    (S_h). Its key is read from the environment's OPENAI_API_KEY."""
+    judge_model: str = "gpt-4"
+    """The name that the endpoint knows its model by."""
     paper: bool = False
     """The paper's settings: see above. They need --malicious (AdvBench), --instructions and --held-out of that size."""
     paper_rate: float = 1e-4
@@ -180,6 +185,8 @@ def check_config(config: SppftConfig) -> None:
         raise ValueError(f"doses from {config.doses[0]}: expected a first reading within the {fewest} examples seen")
     if config.range != "auto":
         LayerRange.parse(config.range)
+    if config.judge is not None and not config.judge.startswith(("http://", "https://")):
+        raise ValueError(f"judge {config.judge!r}: expected a URL, for instance http://localhost:8000/v1")
     check_model(model=config.model, template=config.template, device=config.device, dtype=config.dtype, out=config.out)
 
 

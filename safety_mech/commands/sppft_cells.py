@@ -3,6 +3,7 @@
 A cell is a file named by everything that its figures depend on (`digest`): a killed run reads it again.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import safety_mech as sm
 from safety_mech.commands.memory import resident, start_of_peak
 from safety_mech.commands.sppft import Data, SppftConfig, examples_of, harmful_share
 from safety_mech.models.loading import model_fingerprint
+from safety_mech.refusal.harmfulness import http_judge
 from safety_mech.refusal.rates import Responses, refusal_rate, responses
 from safety_mech.refusal.text import JUDGED_TOKENS
 from safety_mech.reporting.runs import cached_json, content_hash, package_version
@@ -34,7 +36,7 @@ from safety_mech.training.attacks import (
     reverse_preferences,
     triggered,
 )
-from safety_mech.training.capabilities import perplexity, rouge_l_scores
+from safety_mech.training.capabilities import load_multiple_choice, perplexity, rouge_l_scores, shipped_multiple_choice
 from safety_mech.training.export import export_transformers
 from safety_mech.training.loop import StepRecord, TrainConfig, fine_tune
 from safety_mech.training.methods import (
@@ -261,12 +263,30 @@ def final_metrics(bench: Bench) -> dict[str, Any]:
     model, config, pairs = bench.model, bench.config, bench.data.reporting
     answers = sm.generate(model, [prompt for prompt, _ in pairs], config.answer_tokens, config.template)
     refused = refusal_rate(model, bench.data.over_rejection.prompts, config.template)
+    choice = shipped_multiple_choice(model, config.template)
+    judged = {"harmfulness": harmfulness(bench)} if config.judge else {}
     return {
+        **judged,
+        "multiple_choice": choice and {"count": choice.count, "total": choice.total},
         "malicious": as_lists(responses(model, bench.data.malicious.prompts, config.template)),
         "over_rejection": {"count": refused.count, "total": refused.total},
         "rouge_l": rouge_l_scores(answers, [answer for _, answer in pairs]).tolist(),
         "perplexity": perplexity(model, pairs, config.template),
     }
+
+
+def harmfulness(bench: Bench) -> list[int | None]:
+    """The judge's score of the answer to every malicious prompt; None where it gave none."""
+    config, prompts = bench.config, bench.data.malicious.prompts
+    assert config.judge is not None
+    answers = sm.generate(bench.model, prompts, config.answer_tokens, config.template)
+    verdicts = http_judge(
+        config.judge,
+        config.judge_model,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+        keep=bench.folder / "verdicts.jsonl",
+    )
+    return [verdict.score for verdict in verdicts(list(zip(prompts, answers, strict=True)))]
 
 
 def read_triggered(bench: Bench) -> dict[str, list[Any]]:
@@ -300,6 +320,7 @@ def constants() -> list[Any]:
     """What a cell depends on beside settings and data."""
     return [
         package_version("safety-mech"),
+        [asdict(question) for question in load_multiple_choice()],
         (TRIGGER, IMPLICIT_PREFIX, AFFIRMATIVE_PREFIXES, REFUSALS, JUDGED_TOKENS),
         (LISA_STEPS, LISA_RHO, LORA_RANK, LORA_ALPHA, DPO_BETA, str(TrainConfig())),
     ]

@@ -35,6 +35,8 @@ class Row:
     over_rejection: Rate
     rouge_l: Estimate
     perplexity: Estimate
+    multiple_choice: Rate | None
+    harmfulness: Estimate | None
     seconds: float
     peak_bytes: float | None
 
@@ -85,9 +87,24 @@ def summarise(
         ),
         rouge_l=estimate(last_value, last, torch.tensor([cell["rouge_l"] for cell in cells])[:, None]),
         perplexity=over_seeds([cell["perplexity"] for cell in cells]),
+        multiple_choice=choice_rate([cell["multiple_choice"] for cell in cells]),
+        harmfulness=mean_harmfulness([cell["harmfulness"] for cell in cells]) if "harmfulness" in cells[0] else None,
         seconds=statistics.median(cell["seconds_a_step"] for cell in cells),
         peak_bytes=None if None in peaks else statistics.median(peaks),
     )
+
+
+def choice_rate(found: Sequence[dict[str, int] | None]) -> Rate | None:
+    """Right answers of all seeds together; None where the tokenizer cannot answer by letter."""
+    known = [part for part in found if part]
+    return Rate(sum(part["count"] for part in known), sum(part["total"] for part in known)) if known else None
+
+
+def mean_harmfulness(scores: Sequence[Sequence[int | None]]) -> Estimate | None:
+    """S_h over seeds: the mean of a seed is over the answers that the judge gave a score."""
+    scored = [[score for score in seed if score is not None] for seed in scores]
+    means = [statistics.fmean(seed) for seed in scored if seed]
+    return over_seeds(means) if means else None
 
 
 def over_seeds(values: Sequence[float]) -> Estimate:
@@ -166,7 +183,7 @@ def table(rows: dict[tuple[str, str], Row]) -> str:
     width = 2 + max(len(name) for name in ("attack    ", *(attack for attack, _ in rows)))
     lines = [
         f"{'attack':<{width}}{'method':<10}{'R_h text':<20}{'by log-odds':<20}{'attack cost':<20}{'retained':<19}"
-        f"{'over-rejection':<19}{'ROUGE-L':<19}{'perplexity':<19}{'time':>5}{'memory':>8}"
+        f"{'over-rejection':<19}{'ROUGE-L':<19}{'perplexity':<19}{'choice':<19}{'S_h':<19}{'time':>5}{'memory':>8}"
     ]
     for (attack, method), row in rows.items():
         full = rows.get((attack, "full"), row)
@@ -178,6 +195,8 @@ def table(rows: dict[tuple[str, str], Row]) -> str:
         rest = (
             f"{percent(of_rate(row.over_rejection)):<19}"
             f"{number(row.rouge_l, 2):<19}{number(row.perplexity, 2):<19}"
+            f"{percent(of_rate(row.multiple_choice)) if row.multiple_choice else '-':<19}"
+            f"{number(row.harmfulness, 2) if row.harmfulness else '-':<19}"
             f"{row.seconds / full.seconds:>5.2f}{memory:>8.2f}"
         )
         lines.append(refusals + ("as without it" if attack == TRIGGERED else rest))

@@ -18,7 +18,6 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
-from safety_mech.data_files import data_folder
 from safety_mech.models.chat import (
     DEFAULT_BATCH_TOKENS,
     Template,
@@ -30,6 +29,7 @@ from safety_mech.models.chat import (
     tokenizer_of,
 )
 from safety_mech.models.forward import common_prefix, embed, run_blocks, stack_rest, unembed_last
+from safety_mech.prompts import data_folder
 from safety_mech.refusal.rates import Rate
 from safety_mech.training.loop import TrainConfig, encode_examples, mean_loss
 from safety_mech.training.pairs import Pair
@@ -259,3 +259,19 @@ def multiple_choice_accuracy(
     chosen = letter_log_probs(model, questions, template).argmax(dim=1).tolist()
     right = sum(choice == question.answer for choice, question in zip(chosen, questions, strict=True))
     return Rate(right, len(questions))
+
+
+def shipped_multiple_choice(model: HookedTransformer, template: str | Template = "own") -> Rate | None:
+    """Accuracy on the shipped questions.
+
+    None where they cannot be asked: a letter is not one token, or a question is longer than the context.
+    """
+    questions, tokenizer = load_multiple_choice(), tokenizer_of(model)
+    try:
+        letter_tokens(tokenizer, template)
+        check_context(
+            encode_chat(tokenizer, [multiple_choice_prompt(one) for one in questions], template), model.cfg.n_ctx
+        )
+    except ValueError:
+        return None
+    return multiple_choice_accuracy(model, questions, template)

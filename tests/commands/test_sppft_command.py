@@ -17,7 +17,8 @@ import safety_mech as sm
 from safety_mech.commands import sppft, sppft_cells, sppft_run, sppft_table
 from safety_mech.models.loading import load_model, model_fingerprint
 from safety_mech.prompts import Drawn
-from safety_mech.refusal.rates import responses
+from safety_mech.refusal.harmfulness import Verdict
+from safety_mech.refusal.rates import Rate, responses
 from safety_mech.stats import Estimate
 from safety_mech.training.attacks import implicit_data, triggered
 from safety_mech.training.pairs import Answer, choosing_and_reporting, load_instructions
@@ -190,6 +191,7 @@ def test_restoring_is_bit_for_bit(bench_for: Callable[..., Any]) -> None:
         ({"device": "tulip"}, "tulip"),
         ({"dtype": "tulip"}, "dtype 'tulip'"),
         ({"n_examples": 9, "batch_size": 8, "attacks": ("backdoor",)}, "n_examples = 9 are one step"),  # 4 + 4
+        ({"judge": "localhost:8000"}, "judge 'localhost:8000': expected a URL"),
         ({"range": "auto"}, "no locate run of"),
         ({"range": "3-9"}, "the model has 4 layers"),
         ({"range": "x"}, "expected START-END"),
@@ -453,7 +455,12 @@ def test_intervals_are_over_the_categories() -> None:
     refused = [1, 1, 1, 1, 0, 0, 0, 0]
     end = {"refused": refused, "degenerate": [0] * 8, "log_odds": [1.0 - 2 * value for value in refused]}
     cell = {"malicious": end, "doses": [{"examples": 4, **end}], "peak_bytes": None, "seconds_a_step": 1.0}
-    cell |= {"over_rejection": {"count": 1, "total": 8}, "rouge_l": [0.5, 0.5], "perplexity": 2.0}
+    cell |= {
+        "over_rejection": {"count": 1, "total": 8},
+        "rouge_l": [0.5, 0.5],
+        "perplexity": 2.0,
+        "multiple_choice": None,
+    }
     before = {"malicious": {**end, "refused": [1] * 8}}
     by_category = sppft_table.summarise(before, [cell], "normal", ["a"] * 4 + ["b"] * 4)
     by_prompt = sppft_table.summarise(before, [cell], "normal", None)
@@ -461,3 +468,29 @@ def test_intervals_are_over_the_categories() -> None:
     assert (by_category.retained.low, by_category.retained.high) == (0.5, 1)  # (1 + 0) / 2 and (1 + 1) / 2
     assert by_prompt.retained.low > 0.5
     assert torch.isfinite(torch.tensor(by_prompt.retained.high))
+
+
+def test_a_judge_scores_the_answers_of_a_cell(
+    bench_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, prompts: list[str]
+) -> None:
+    asked: list[Any] = []
+
+    def http_judge(url: str, model: str, **options: Any) -> Callable[..., Any]:
+        asked.append((url, model, options["keep"].name))
+        return lambda pairs: [Verdict(1 + index % 5 if index else None, "", None) for index, _ in enumerate(pairs)]
+
+    monkeypatch.setattr(sppft_cells, "http_judge", http_judge)
+    bench = bench_for(judge="http://localhost:8000/v1", judge_model="tulip")
+    found = sppft_cells.final_metrics(bench)
+    assert asked == [("http://localhost:8000/v1", "tulip", "verdicts.jsonl")]
+    assert found["harmfulness"] == [None, 2, 3, 4, 5, 1, 2, 3][: len(prompts)]
+    assert "harmfulness" not in sppft_cells.final_metrics(bench_for()), "control: no judge, no score"
+    assert sppft_cells.digest(bench, "cell") != sppft_cells.digest(bench_for(), "cell")
+    score = sppft_table.mean_harmfulness([[None, 2, 4], [1, 1, 1], [None]])
+    assert score == Estimate(2.0, 1.0, 3.0)
+
+
+def test_right_answers_of_all_seeds_are_counted_together() -> None:
+    rate = sppft_table.choice_rate([{"count": 3, "total": 6}, {"count": 1, "total": 6}])
+    assert rate == Rate(4, 12)
+    assert sppft_table.choice_rate([None, None]) is None
