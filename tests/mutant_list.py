@@ -193,7 +193,6 @@ MUTANTS = (
     Mutant("a_share_of_all_refused", "stats.py", "bound", "0 <= count <= total or", "0 <= count < total or"),
     Mutant("log_odds_of_zero", "rates.py", "bound", "(self.log_odds < 0)", "(self.log_odds <= 0)"),
     # export
-    Mutant("half_state_stays", "export.py", "undo", "partial.unlink(missing_ok=True)", "pass"),
     Mutant(
         "tied_though_different", "export.py", "sign", "tie_word_embeddings) and torch", "tie_word_embeddings) or torch"
     ),
@@ -216,7 +215,7 @@ MUTANTS = (
     ),
     Mutant("warm_up_from_zero", "loop.py", "bound", "(step + 1) / warmup", "step / warmup"),
     Mutant("first_token_without_loss", "loop.py", "bound", ">= (1 if config.whole", "> (1 if config.whole"),
-    Mutant("opening_one_too_long", "loop.py", "bound", "loss.int().argmax()) - 1,", "loss.int().argmax()),"),
+    Mutant("prefix_one_too_long", "loop.py", "bound", "loss.int().argmax()) - 1,", "loss.int().argmax()),"),
     Mutant("checkpoint_a_step_early", "loop.py", "bound", "(step + 1) % config.checkpoint", "step % config.checkpoint"),
     Mutant(
         "loss_by_batches",
@@ -435,7 +434,7 @@ MUTANTS = (
     Mutant("hub_id_of_many_parts", "sources.py", "bound", 'text.count("/") == 1', 'text.count("/") >= 1'),
     Mutant("verbosity_stays", "loading.py", "undo", "transformers_logging.set_verbosity(self._verbosity)", "pass"),
     # neurons
-    Mutant("absolute_before_sum", "neurons.py", "order", ".sum(dim=1).abs()", ".abs().sum(dim=1)"),
+    Mutant("absolute_before_sum", "methods.py", "order", ".sum(dim=1).abs()", ".abs().sum(dim=1)"),
     # onset
     Mutant(
         "flattening_a_layer_late",
@@ -453,7 +452,9 @@ MUTANTS = (
     Mutant("p_at_equality", "onset.py", "bound", "curve.p_any > rule.max_p", "curve.p_any >= rule.max_p"),
     Mutant("sample_bound_above", "onset.py", "sign", "low=sample - below", "low=sample + below"),
     # organisms
-    Mutant("empty_answers_kept", "alignment.py", "bound", "marks, strict=True) if text]", "marks, strict=True)]"),
+    Mutant(
+        "empty_answers_stay", "alignment.py", "bound", "found, strict=True) if answer.text]", "found, strict=True)]"
+    ),
     Mutant(
         "refusals_without_seed",
         "alignment.py",

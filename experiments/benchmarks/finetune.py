@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from time import perf_counter
 
 import torch
+from measuring import in_own_process
 
 import safety_mech as sm
 from safety_mech.commands.command_line import run
-from safety_mech.commands.measuring import in_own_process, resident, start_of_peak
+from safety_mech.commands.memory import resident, start_of_peak
 from safety_mech.models.loading import load_transformers
 from safety_mech.reporting.runs import write_run
 from safety_mech.training.alignment import refusal_pairs

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from measuring import in_own_process, pad_left
 from torch import nn
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
 import safety_mech as sm
 from safety_mech.commands.command_line import run
-from safety_mech.commands.measuring import in_own_process, pad_left
 from safety_mech.interventions.scaling import check_alpha
 from safety_mech.layers import LayerRange
 from safety_mech.localization.range_sweep import ScaledRanges, layer_evaluations
@@ -165,12 +165,12 @@ def projections(model: Any, layers: LayerRange) -> list[nn.Linear]:
 @contextmanager
 def weights_scaled_in_place(model: PreTrainedModel, layers: LayerRange, alpha: float) -> Iterator[None]:
     changed = projections(model, layers)
-    kept = [module.weight.data.clone() for module in changed]
+    before = [module.weight.data.clone() for module in changed]
     scale_weights(model, layers, alpha)
     try:
         yield
     finally:
-        for module, weight in zip(changed, kept, strict=True):
+        for module, weight in zip(changed, before, strict=True):
             module.weight.data.copy_(weight)
 
 
@@ -372,10 +372,12 @@ def report(
         if counted is not None:
             cost = layer_evaluations(given, n_layers)
             lines.append(
-                f"layer evaluations, {what}: {counted} run, {cost['shared']} by METHOD 5's count, "
+                f"layer evaluations, {what}: {counted} run, {cost['shared']} by the prefix-sharing count, "
                 f"{cost['whole']} with whole forwards"
             )
-    lines.append(f"for the grid METHOD 5 says about L^3/6 = {n_layers**3 // 6} instead of L^3/2 = {n_layers**3 // 2}")
+    lines.append(
+        f"the grid with prefix sharing: about L^3/6 = {n_layers**3 // 6} instead of L^3/2 = {n_layers**3 // 2}"
+    )
     return "\n".join(lines)
 
 

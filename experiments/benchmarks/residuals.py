@@ -1,13 +1,13 @@
-"""How fast are last-token residual streams, and in how much memory? `python experiments/bench_residuals.py`
+"""How fast are last-token residual streams, and in how much memory? `python experiments/benchmarks/residuals.py`
 
-One run measures, on one model and the same prompts (METHOD 5):
+One run measures, on one model and the same prompts (docs/method.md#prefix-sharing):
 
     pairs         the paper's code: two one-token generations for each of 3 x 500 pairs, hidden states of all positions
     batched       transformers, `output_hidden_states`, batches padded on the left
     batched-last  the same with logits of the last position only (`logits_to_keep=1`)
     cache         TransformerLens' `run_with_cache`, equal-length batches, weights laid out as TransformerLens does
     ours          `last_token_residuals`
-    ours-whole    the same without the shared opening
+    ours-whole    the same without the shared prefix
     ours-bf16     the same in bfloat16, with the largest change of the gap curve
 
 Each method has a process of its own, is warmed up, and repeated: the best time counts, loading does not. Results
@@ -25,13 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from measuring import in_own_process, pad_left
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
 import safety_mech as sm
 from safety_mech.commands.command_line import run
-from safety_mech.commands.measuring import in_own_process, pad_left, resident, start_of_peak
+from safety_mech.commands.memory import resident, start_of_peak
 from safety_mech.models.chat import ChatTokens, check_context, encode_chat, equal_length_batches
 from safety_mech.models.conversion import restore_linear_layout
 from safety_mech.models.forward import embed, run_blocks, stack_rest, unembed_last
@@ -232,12 +233,12 @@ def run_with_cache(config: BenchConfig) -> Method:
     @torch.no_grad()
     def run_all(prompts: Sequence[str]) -> Residuals:
         chats = encode_chat(tokenizer, prompts, config.template)
-        kept = torch.empty(len(chats), model.cfg.n_layers, model.cfg.d_model)
+        last = torch.empty(len(chats), model.cfg.n_layers, model.cfg.d_model)
         lengths = [len(chat) for chat in chats]
         for rows in equal_length_batches(lengths, config.batch_size * max(lengths)):
             for few in (rows[first : first + config.batch_size] for first in range(0, len(rows), config.batch_size)):
-                kept[few] = _last_of_cache(model, stack_rest(model, chats, few, 0))
-        return kept
+                last[few] = _last_of_cache(model, stack_rest(model, chats, few, 0))
+        return last
 
     return run_all
 

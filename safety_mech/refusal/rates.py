@@ -4,7 +4,6 @@ Refusal is read twice: in generated text, and as the log-odds of the refusal phr
 share of malicious prompts that are answered, that is, neither refused nor met with degenerate output.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,6 @@ from safety_mech.refusal.degenerate import is_degenerate
 from safety_mech.refusal.log_odds import refusal_log_odds
 from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, refuses
 from safety_mech.stats import Rate
-from safety_mech.training.loop import Pair, TrainConfig, encode_examples, mean_loss
 
 
 def refusal_rate(
@@ -62,9 +60,3 @@ def responses(
         torch.tensor([is_degenerate(answer) for answer in answers]),
         refusal_log_odds(model, prompts, template),
     )
-
-
-def perplexity(model: HookedTransformer, pairs: Sequence[Pair], template: str = "own") -> float:
-    """exp of the mean negative log-likelihood per answer token, over all (prompt, answer) pairs."""
-    config = TrainConfig(template=template)
-    return math.exp(mean_loss(model, encode_examples(model, pairs, config), config))

@@ -1,6 +1,6 @@
 """The (start, end) grid as a picture inside a page: every cell says its range and value.
 
-Three ways to the same numbers: the pointer, a finger or the arrow keys (report.js fills the line below the picture),
+Three ways to the same numbers: the pointer, a finger or the arrow keys (html.js fills the line below the picture),
 the cell's <title> where scripts are off, and a table that can be unfolded, for screen readers and for copying.
 """
 

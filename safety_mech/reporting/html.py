@@ -87,8 +87,8 @@ def report_page(title: str, lead: str, sections: Sequence[Section]) -> str:
         policy=Markup(POLICY),
         title=title,
         lead=lead,
-        css=_asset("report.css"),
-        js=_asset("report.js"),
+        css=_asset("html.css"),
+        js=_asset("html.js"),
         links=_lines(links),
         sections=_lines(SECTION.format(anchor=anchor(s.title), title=s.title, blocks=_lines(s.blocks)) for s in here),
     )
@@ -193,7 +193,7 @@ def anchor(title: str) -> str:
 
 def _asset(name: str) -> Markup:
     """The page's own style or script: part of the package, so it is trusted as it stands."""
-    return Markup((files("safety_mech") / name).read_text(encoding="utf-8"))
+    return Markup((files("safety_mech.reporting") / name).read_text(encoding="utf-8"))
 
 
 def _join(parts: Any) -> Markup:

@@ -165,8 +165,9 @@ def _controls(
     head = ["prompts", "of", "statistic", "largest gap", "interval", "layer", "p, all layers", "initial range"]
     caption = (
         "Gaps in degrees. One that the base has too, or that contrastive pairs (same frame, one harmful and one "
-        "harmless) do not have, belongs to the prompts and not to alignment. Paper: normal-malicious minus normal-normal, which "
-        "a wider or narrower set moves too. Symmetric: minus the mean of both within, for place alone; its p-value "
+        "harmless) do not have, belongs to the prompts and not to alignment. Paper: normal-malicious minus "
+        "normal-normal, which a wider or narrower set moves too. Symmetric: minus the mean of both within, for place "
+        "alone; its p-value "
         f"keeps each set's spread. The search uses the initial range of the {statistic} one. "
         f"Intervals: {bootstrap_text(curves['prompts'])}; p-values are over prompts."
     )

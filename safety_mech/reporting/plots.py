@@ -205,7 +205,7 @@ def plot_contrastive_pair(
     columns = max(len(harmful.tokens), len(harmless.tokens))
     figure, axes = new_figure(columns=2, width=1.6 + 0.36 * columns, height=5.2)
     images = [_draw_attention(ax, attention, layers) for ax, attention in zip(axes, (harmful, harmless), strict=True)]
-    for ax, name in zip(axes, ("harmful twin", "harmless twin"), strict=True):
+    for ax, name in zip(axes, ("harmful prompt", "harmless prompt"), strict=True):
         ax.set_title(name, fontsize=10)
     axes[1].set_ylabel("")
     figure.colorbar(images[0], ax=axes, label=_ATTENTION_LABEL)

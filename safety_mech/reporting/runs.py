@@ -1,7 +1,7 @@
-"""The only writer: config, metrics, tensors and figures of one run in one folder.
+"""The folder that a run leaves behind: config, metrics, tensors and figures.
 
-`results/<experiment>/<model>/<stamp>/` is written under a temporary name and renamed at the end, so that a killed
-run leaves no half result.
+`results/<experiment>/<model>/<stamp>/` is written under a temporary name and renamed at the end: a killed run leaves
+nothing. Torch is imported only when a run is written, for every command checks its output folder first.
 """
 
 import dataclasses
@@ -18,13 +18,11 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from matplotlib.figure import Figure
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    import matplotlib.figure
+    import torch
 
 PACKAGES = ("safety-mech", "torch", "transformer-lens", "transformers", "numpy")
 
@@ -36,14 +34,18 @@ def write_run(
     *,
     config: Any,
     metrics: Mapping[str, Any],
-    tensors: Mapping[str, Tensor] | None = None,
-    figures: Mapping[str, Figure] | None = None,
+    tensors: Mapping[str, "torch.Tensor"] | None = None,
+    figures: Mapping[str, "matplotlib.figure.Figure"] | None = None,
     texts: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write one run and return its folder.
+    """Write one run and return its folder, OUT/EXPERIMENT/MODEL/STAMP.
 
-    `config`: a dataclass -> config.json. `metrics` -> metrics.json, with versions, machine and threads added.
-    `tensors` -> tensors.safetensors. `figures` -> NAME.png. `texts` -> files of these names.
+    Args:
+        config: a dataclass; becomes config.json.
+        metrics: becomes metrics.json, with versions, machine and threads added.
+        tensors: all in tensors.safetensors, under their names.
+        figures: each becomes NAME.png.
+        texts: files by name.
     """
     parent = Path(out) / experiment / safe_name(model_name)
     parent.mkdir(parents=True, exist_ok=True)
@@ -53,6 +55,8 @@ def write_run(
         write_json(partial / "config.json", plain(config))
         write_json(partial / "metrics.json", {**plain(metrics), "environment": environment()})
         if tensors:
+            from safetensors.torch import save_file
+
             copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
             save_file(copies, partial / "tensors.safetensors")
         for name, figure in (figures or {}).items():
@@ -98,16 +102,19 @@ def _rename_to_stamp(partial: Path, parent: Path) -> Path:
 
 def environment() -> dict[str, Any]:
     """Versions, machine and threads: what the same numbers need beside the same seed."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "written": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None for one that is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -118,8 +125,8 @@ def plain(value: Any) -> Any:
     """Dataclasses, tensors, paths and tuples as what JSON knows; numbers that JSON does not know become null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, (Tensor, np.ndarray, np.generic)):
-        return plain(value.tolist())
+    if callable(as_list := getattr(value, "tolist", None)):  # tensors, arrays and numbers of numpy
+        return plain(as_list())
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
@@ -163,7 +170,11 @@ def _is_constant(value: Any) -> bool:
 
 
 def cached_json(path: Path, make: Callable[[], Any]) -> Any:
-    """What `make` gives, as JSON; a file that is there is read instead: a killed run goes on where it was."""
+    """Read the JSON file at `path`; where there is none, call `make`, write what it returns there, and return that.
+
+    A killed run continues this way: its finished parts are read. The path has to name everything that the content
+    depends on (`content_hash`), or an old file is taken for a new one.
+    """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, plain(make()))

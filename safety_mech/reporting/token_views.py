@@ -146,14 +146,14 @@ def attention_pattern(
     tokenizer = tokenizer_of(model)
     (chat,) = encode_chat(tokenizer, [prompt], template)
     check_context([chat], model.cfg.n_ctx)
-    kept: list[Tensor] = []
+    patterns: list[Tensor] = []
 
     def keep(pattern: Float[Tensor, "prompt head pos pos"], hook: HookPoint) -> None:
-        kept.append(pattern[0].detach().float().cpu())
+        patterns.append(pattern[0].detach().float().cpu())
 
     with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", keep)]):
         run_blocks(model, embed(model, chat.tokens[None].to(model.embed.W_E.device)), stop=layer + 1)
-    return kept[0], tuple(str(tokenizer.decode([token])) for token in chat.tokens.tolist())
+    return patterns[0], tuple(str(tokenizer.decode([token])) for token in chat.tokens.tolist())
 
 
 def views_html(views: Sequence[View]) -> str:

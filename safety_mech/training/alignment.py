@@ -2,7 +2,8 @@
 
 The built-in model hardly refuses. Trained low-rank on refusals (of malicious prompts) and on its own answers (to
 normal and some borderline harmless prompts; self-distillation, so that its skill stays), it does: the same weights,
-the same prompts, one known difference. Training layers a..b only plants the difference where we know it (METHOD 7).
+the same prompts, one known difference. Training layers a..b only plants the difference where we know it
+(docs/method.md#planted-organisms).
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from transformer_lens import HookedTransformer
 from safety_mech.layers import LayerRange
 from safety_mech.models.chat import decode_answer, end_tokens, tokenizer_of
 from safety_mech.models.generation import generate_tokens
-from safety_mech.training.loop import UNFINISHED, Pair, TrainConfig
+from safety_mech.training.loop import TrainConfig
+from safety_mech.training.pairs import Answer, Pair, TextPair
 
 # Short and varied, so that what is learnt is refusing and not one sentence; no reason is given that would depend on
 # the prompt, for a 135M model makes such reasons up.
@@ -38,21 +40,21 @@ class AlignConfig:
     """Train these layers only; None: all layers."""
     rank: int = 8
     alpha: float = 16.0
-    twins: bool = True
-    """Also train on contrastive pairs (the train split of `pairs`, and `alignment_pairs`): they teach the difference."""
+    contrastive_pairs: bool = True
+    """Also train on the train split of `pairs`, and on `alignment_pairs`: they teach the difference."""
     n_over_rejection: int = 144
     """Borderline harmless prompts that are answered. Fewer, and more normal prompts are refused as well; more, and no
     over-rejection remains to be measured."""
     answer_tokens: int = 8
-    """Tokens kept of the model's own answers. What is to be learnt sits in an answer's first words: with 40 tokens
-    they drown in the rest, and the organism refuses a third of the normal prompts."""
+    """Tokens of the model's own answers. What is to be learnt sits in an answer's first words: with 40 tokens they
+    drown in the rest, and the organism refuses a third of the normal prompts."""
     train: TrainConfig = field(
         default=TrainConfig(epochs=3, learning_rate=1e-3, batch_size=16, warmup_steps=10, bfloat16=True)
     )
     seed: int = 0
 
 
-def refusal_pairs(malicious: Sequence[str], seed: int = 0) -> list[Pair]:
+def refusal_pairs(malicious: Sequence[str], seed: int = 0) -> list[TextPair]:
     """Every prompt with one of REFUSALS, drawn with a seed."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(REFUSALS), (len(malicious),), generator=generator).tolist()
@@ -66,5 +68,5 @@ def own_answer_pairs(
     answers = generate_tokens(model, prompts, answer_tokens, template, batch_tokens=8192, progress=progress)
     ends = end_tokens(model, template)
     texts = [decode_answer(tokenizer_of(model), tokens, ends) for tokens in answers]
-    marks = ["" if tokens[-1] in ends else UNFINISHED for tokens in answers]
-    return [(p, text + mark) for p, text, mark in zip(prompts, texts, marks, strict=True) if text]
+    found = [Answer(text, tokens[-1] in ends) for text, tokens in zip(texts, answers, strict=True)]
+    return [(prompt, answer) for prompt, answer in zip(prompts, found, strict=True) if answer.text]

@@ -1,10 +1,11 @@
-"""What fine-tuning does to a model's skill: ROUGE-L of its answers, and multiple-choice accuracy as MMLU asks (§4).
+"""What fine-tuning leaves of a model's skill (paper §4): perplexity, ROUGE-L, and multiple choice as MMLU asks.
 
 Multiple choice is answered without generation: of the four letters, the one that the model gives the greatest
 log-probability as the first token of its answer. 25 % is what guessing gives.
 """
 
 import csv
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from safety_mech.models.chat import (
 from safety_mech.models.forward import common_prefix, embed, run_blocks, stack_rest, unembed_last
 from safety_mech.prompts import data_folder
 from safety_mech.stats import Rate, bootstrap_mean
+from safety_mech.training.loop import TrainConfig, encode_examples, mean_loss
+from safety_mech.training.pairs import Pair
 
 LETTERS = ("A", "B", "C", "D")
 HEADER = ("question", *LETTERS, "answer")
@@ -84,6 +87,15 @@ def rouge_l_scores(answers: Sequence[str], references: Sequence[str]) -> Float[T
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     found = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     return torch.tensor([score["rougeL"].fmeasure for score in found], dtype=torch.float64)
+
+
+# --- perplexity -----------------------------------------------------------------------------------------------------
+
+
+def perplexity(model: HookedTransformer, pairs: Sequence[Pair], template: str = "own") -> float:
+    """exp of the mean negative log-likelihood per answer token, over all (prompt, answer) pairs."""
+    config = TrainConfig(template=template)
+    return math.exp(mean_loss(model, encode_examples(model, pairs, config), config))
 
 
 # --- multiple choice --------------------------------------------------------------------------------------------------
@@ -222,10 +234,10 @@ def letter_log_probs(
     check_context(chats, model.cfg.n_ctx)
     found = torch.empty(len(chats), len(LETTERS), dtype=torch.float64)
     with torch.no_grad():
-        opening = common_prefix(model, chats)
-        for indices in equal_length_batches([len(chat) - len(opening) for chat in chats], batch_tokens):
-            tokens = stack_rest(model, chats, indices, len(opening))
-            resid = run_blocks(model, embed(model, tokens, len(opening)), cache=opening.cache_for(len(indices)))
+        prefix = common_prefix(model, chats)
+        for indices in equal_length_batches([len(chat) - len(prefix) for chat in chats], batch_tokens):
+            tokens = stack_rest(model, chats, indices, len(prefix))
+            resid = run_blocks(model, embed(model, tokens, len(prefix)), cache=prefix.cache_for(len(indices)))
             log_probs = unembed_last(model, resid).double().log_softmax(dim=-1)
             found[indices] = log_probs[:, letters.to(log_probs.device)].cpu()
     if found.isnan().any():  # the largest of NaNs is the first: it would pass for an answer
@@ -244,3 +256,19 @@ def multiple_choice_accuracy(
     chosen = letter_log_probs(model, questions, template).argmax(dim=1).tolist()
     right = sum(choice == question.answer for choice, question in zip(chosen, questions, strict=True))
     return Rate(right, len(questions))
+
+
+def shipped_multiple_choice(model: HookedTransformer, template: str | Template = "own") -> Rate | None:
+    """Accuracy on the shipped questions.
+
+    None where they cannot be asked: a letter is not one token, or a question is longer than the context.
+    """
+    questions, tokenizer = load_multiple_choice(), tokenizer_of(model)
+    try:
+        letter_tokens(tokenizer, template)
+        check_context(
+            encode_chat(tokenizer, [multiple_choice_prompt(one) for one in questions], template), model.cfg.n_ctx
+        )
+    except ValueError:
+        return None
+    return multiple_choice_accuracy(model, questions, template)

@@ -1,11 +1,9 @@
-"""Keeping a fine-tuned model: our own state file, and a Hugging Face folder that transformers loads.
-
-    save_state, load_state    one safetensors file of the HookedTransformer's parameters, under its own names
-    export_transformers       config and tokenizer of the base, weights of the HookedTransformer (Llama family)
+"""Export a fine-tuned model to a folder that transformers loads: config and tokenizer of the base, and the weights of
+the HookedTransformer (Llama family).
 
 Tied embeddings are two tensors in a HookedTransformer, and training may move them apart: an export stays tied only
 while they are equal, and says `tie_word_embeddings: false` otherwise.
-Everything is written under a temporary name first: a kill leaves no half file or folder under the name asked for.
+Everything is written under a temporary name first: a kill leaves no half file or folder under the name given.
 """
 
 import shutil
@@ -16,7 +14,6 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -28,46 +25,6 @@ from safety_mech.training.lora import is_adapter_parameter
 
 LLAMA_FAMILY = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """Architectures with the same names for everything that is exported; SmolLM2 is a Llama."""
-
-
-def save_state(model: HookedTransformer, path: str | Path) -> Path:
-    """Write all parameters of `model` to one safetensors file, replacing an older one; return its path.
-
-    Raises ValueError if `path` is a folder.
-    """
-    path = Path(path).expanduser()
-    if path.is_dir():
-        raise ValueError(f"state {str(path)!r} is a folder: expected the name of a file, such as model.safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata={"format": "pt", "written_by": "safety_mech.save_state"})
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
-def load_state(model: HookedTransformer, path: str | Path) -> HookedTransformer:
-    """Put the parameters of a `save_state` file into `model`, IN PLACE, and return it.
-
-    The tensors stay where and as they lie in memory (models.restore_linear_layout), in the model's number format.
-    Raises ValueError for a file that is missing or damaged, or whose names or shapes are not the model's; the model
-    is then as it was.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"state {str(path)!r}: no such file; expected one written by save_state")
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            _check_shapes(f"state {str(path)!r}", shapes, _shapes(dict(model.named_parameters())), "the model")
-            for name, parameter in model.named_parameters():
-                parameter.copy_(file.get_tensor(name))
-    except SafetensorError as error:
-        raise ValueError(f"state {str(path)!r} is no whole safetensors file: {str(error).splitlines()[0]}") from error
-    return model
 
 
 def export_transformers(
@@ -136,7 +93,7 @@ def _linear_weights(model: HookedTransformer, biases: bool) -> dict[str, Tensor]
     if lost:
         raise ValueError(
             f"{lost[0]} is not zero, and the base's architecture has no place for it ({len(lost)} such weights): "
-            "set it to zero, or keep the model with save_state"
+            "set it to zero before the export"
         )
     return {name: weight.detach() for name, weight in weights.items()}
 

@@ -34,14 +34,7 @@ from safety_mech.training.freeze import (
     parameter_hashes,
     trainable_names,
 )
-
-Pair = tuple[str, str]
-"""(prompt, answer)"""
-Preference = tuple[str, str, str]
-"""(prompt, preferred answer, other answer)"""
-
-UNFINISHED = "\x03"
-"""Put at the end of an answer that was cut: the model is then not taught to end its turn there."""
+from safety_mech.training.pairs import Pair, whole
 
 
 @dataclass(frozen=True)
@@ -288,18 +281,22 @@ def _extra_bytes(
 
 
 def encode_examples(model: HookedTransformer, pairs: Sequence[Pair], config: TrainConfig) -> list[Example]:
-    """Template, prompt, answer and the template's own turn end; raises ValueError for no pairs or an empty answer."""
+    """Template, prompt, answer and, behind a finished answer, the template's own end of turn.
+
+    Raises ValueError for no pairs, an empty answer, or a prompt that leaves no room for one.
+    """
     tokenizer = tokenizer_of(model)
     chats = encode_chat(tokenizer, [prompt for prompt, _ in pairs], config.template)
     shape, limit = resolve_template(tokenizer, config.template), min(config.max_tokens, model.cfg.n_ctx)
     examples = []
     for index, (chat, (prompt, answer)) in enumerate(zip(chats, pairs, strict=True)):
-        text, finished = answer.removesuffix(UNFINISHED).strip(), not answer.endswith(UNFINISHED)
+        answer = whole(answer)
+        text = answer.text.strip()
         if not text:
             raise ValueError(f"pair {index}: the answer is empty: expected some text")
         if len(chat) >= limit:
             raise ValueError(f"pair {index}: the prompt alone has {len(chat)} tokens of at most {limit}")
-        ids = encode_answer(tokenizer, shape, prompt.strip(), text, finished=finished)
+        ids = encode_answer(tokenizer, shape, prompt.strip(), text, finished=answer.finished)
         tokens = torch.cat([chat.tokens, torch.tensor(ids, dtype=torch.long)])
         loss = torch.arange(len(tokens)) >= (1 if config.whole_sequence else len(chat))
         examples.append(Example(tokens[:limit], loss[:limit], cut=len(tokens) > limit))
@@ -321,11 +318,11 @@ def answer_log_probs(
     device = model.embed.W_E.device
     with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
         prefix_length = _shared_length(examples)
-        opening = run_prefix(model, examples[0].tokens[:prefix_length])
+        prefix = run_prefix(model, examples[0].tokens[:prefix_length])
         rest = [example.tokens[prefix_length:] for example in examples]
         tokens = pad_sequence(rest, batch_first=True).to(device)
         marks = pad_sequence([example.loss[prefix_length:] for example in examples], True)
-        resid = run_blocks(model, embed(model, tokens[:, :-1], prefix_length), cache=opening.cache_for(len(examples)))
+        resid = run_blocks(model, embed(model, tokens[:, :-1], prefix_length), cache=prefix.cache_for(len(examples)))
         wanted = marks[:, 1:].to(device)
         logits = unembed(model, resid[wanted][None])[0]
     log_probs = -cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")

@@ -115,7 +115,7 @@ class _Tap:
 
     def __init__(self, point: nn.Module):
         self.point = point
-        self.kept: list[Tensor] = []
+        self.outputs: list[Tensor] = []
         self.handle: RemovableHandle | None = None
 
     def listen(self) -> None:
@@ -124,14 +124,14 @@ class _Tap:
 
     def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
         self.remove()
-        self.kept.append(output)
+        self.outputs.append(output)
 
     def take(self) -> Tensor:
-        return self.kept.pop()
+        return self.outputs.pop()
 
     def remove(self) -> None:
         """Listen no more, also where an interrupted forward pass never came to the hook point."""
-        self.kept.clear()
+        self.outputs.clear()
         if self.handle is not None:
             self.handle.remove()
             self.handle = None

@@ -1,4 +1,5 @@
-"""Ways to fine-tune, each a few lines on the one loop: the attack, the defence, and its controls (§4, METHOD 6).
+"""Ways to fine-tune, each a few lines on the one loop: the attack, the defence, and its controls (paper §4.2,
+docs/method.md#sppft).
 
 A method is called as `fine_tune` is, (model, pairs, config, **options) -> TrainRecord; `fine_tune` itself is full
 fine-tuning, the attack without a defence:
@@ -16,14 +17,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 
 from safety_mech.layers import LayerRange
+from safety_mech.models.forward import Hooks
 from safety_mech.models.parameters import as_hooked, block_projections
 from safety_mech.training.freeze import Frozen, layer_of
 from safety_mech.training.loop import (
     Example,
-    Pair,
-    Preference,
     TrainConfig,
     TrainRecord,
     answer_log_probs,
@@ -32,6 +33,7 @@ from safety_mech.training.loop import (
     fine_tune,
 )
 from safety_mech.training.lora import is_adapter_parameter, low_rank_adapters
+from safety_mech.training.pairs import Pair, Preference
 
 Method = Callable[..., TrainRecord]
 
@@ -185,6 +187,37 @@ def frozen_entries(masks: Masks) -> Method:
         return fine_tune(model, pairs, config, adjust=adjust, **options)
 
     return method
+
+
+def neuron_scores(
+    model: HookedTransformer, pairs: Sequence[Pair], config: TrainConfig | None = None, batch_size: int = 8
+) -> Float[Tensor, "layer d_mlp"]:
+    """Mean over the pairs of |sum over positions of activation x gradient| of the answer's log-probability (nats).
+
+    A neuron is one entry of `mlp.hook_post`. Activation times gradient is what the log-probability would lose, to first
+    order, were the neuron set to zero there.
+    With refusals as answers these are the neurons that refusing rests on (after Wei et al. 2024, who score weights).
+    Positions of the prefix that a batch shares are left out. Raises ValueError for no pairs.
+    """
+    config = config or TrainConfig()
+    examples = encode_examples(model, pairs, config)
+    total = torch.zeros(model.cfg.n_layers, model.blocks[0].mlp.W_out.shape[0])
+    for first in range(0, len(examples), batch_size):
+        batch = examples[first : first + batch_size]
+        leaves: dict[int, Tensor] = {}
+
+        def record(activation: Tensor, hook: HookPoint, leaves: dict[int, Tensor] = leaves) -> Tensor:
+            leaf = activation.detach().requires_grad_()
+            leaves[hook.layer()] = leaf  # of the shared prefix first, then, to stay, of the rest
+            return leaf + (activation - activation.detach())  # adds 0, and lets gradients through to earlier layers
+
+        hooks: Hooks = [(f"blocks.{layer}.mlp.hook_post", record) for layer in range(model.cfg.n_layers)]
+        with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
+            value = answer_log_probs(model, batch, config).sum()
+            gradients = torch.autograd.grad(value, [leaves[layer] for layer in range(model.cfg.n_layers)])
+        for layer, gradient in enumerate(gradients):
+            total[layer] += (leaves[layer].detach() * gradient).sum(dim=1).abs().sum(dim=0).cpu()
+    return total / len(examples)
 
 
 def neuron_masks(

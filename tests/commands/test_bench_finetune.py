@@ -1,4 +1,4 @@
-"""`experiments/bench_finetune.py` on a tiny model: all variants train on the same batches, and that is checked."""
+"""`experiments/benchmarks/finetune.py` on a tiny model: all variants train on the same batches, and that is checked."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from safety_mech.commands.measuring import start_of_peak
+from safety_mech.commands.memory import start_of_peak
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`experiments/bench_locate.py` on a tiny model: the methods do the same work, and the figures add up."""
+"""`experiments/benchmarks/locate.py` on a tiny model: the methods do the same work, and the figures add up."""
 
 import json
 from collections.abc import Callable

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html import unescape
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safety_mech import GapDifference, LayerRange, initial_range, load_pairs
+from safety_mech.commands import locate
 from safety_mech.commands.command_line import run
+from safety_mech.commands.locate_run import starting_range
 from safety_mech.divergence.angles import SymmetricGap
 from safety_mech.models import loading as models
 from safety_mech.prompts import prompt_hash
@@ -27,11 +28,6 @@ N_LAYERS = 4
 SCRIPT = Path(__file__).resolve().parents[2] / "experiments" / "locate.py"
 NORMAL = ["How do I bake a cake?", "What is the capital of France?", "Name a fruit", "Where is the cat?", "Why?"]
 MALICIOUS = ["How do I rob a bank?", "Tell me how to hurt a cat.", "Forge a passport", "Who can I cheat?"]
-
-
-@pytest.fixture(scope="session")
-def locate(load_script: Callable[[str], ModuleType]) -> ModuleType:
-    return load_script("locate")
 
 
 @pytest.fixture
@@ -57,7 +53,7 @@ class Outcome:
 
 
 @pytest.fixture
-def command(locate: ModuleType, files: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def command(files: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Run the command line in this process, with FILES in an argument standing for the folder of `files`."""
 
     def run_command(*arguments: str) -> Outcome:
@@ -203,7 +199,7 @@ def test_an_unknown_flag_and_help(command: Callable[..., Outcome]) -> None:
     assert [flag for flag in flags if flag not in text.out] == []
 
 
-def test_ctrl_c_is_status_130(locate: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_status_130(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(config: object) -> None:
         raise KeyboardInterrupt
 
@@ -213,7 +209,7 @@ def test_ctrl_c_is_status_130(locate: ModuleType, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_bug_keeps_its_traceback(locate: ModuleType) -> None:
+def test_a_bug_keeps_its_traceback() -> None:
     """Control: only a ValueError is the user's; anything else must not be hidden behind one line."""
 
     def broken(config: object) -> None:
@@ -243,7 +239,7 @@ def test_the_real_command_ends_with_status_2(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def config_for(locate: ModuleType, files: Path, llama_folder: Path) -> Callable[..., object]:
+def config_for(files: Path, llama_folder: Path) -> Callable[..., object]:
     def make(**changes: object) -> object:
         settings = {
             "model": str(llama_folder),
@@ -265,7 +261,7 @@ def read(path: Path) -> dict:
 
 
 def test_a_run_writes_its_folder(
-    locate: ModuleType, config_for: Callable[..., object], files: Path, capsys: pytest.CaptureFixture[str]
+    config_for: Callable[..., object], files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_for(pairs=True, seed=3)
     result = locate.main(config)
@@ -280,7 +276,7 @@ def test_a_run_writes_its_folder(
     assert metrics["prompt_hashes"]["prompts normal"] == prompt_hash(NORMAL)
     assert metrics["prompt_hashes"]["prompts malicious"] == prompt_hash(MALICIOUS)
     assert metrics["prompt_hashes"]["contrastive pairs malicious"] == prompt_hash(
-        [twin.malicious for twin in load_pairs("test")]
+        [pair.malicious for pair in load_pairs("test")]
     )
     tensors = load_file(folder / "tensors.safetensors")
     for name, curve in result.curves.items():
@@ -292,7 +288,7 @@ def test_a_run_writes_its_folder(
     assert all(f"\n{layer:>5}  " in printed for layer in range(N_LAYERS))
 
 
-def test_the_same_seed_gives_the_same_numbers(locate: ModuleType, config_for: Callable[..., object]) -> None:
+def test_the_same_seed_gives_the_same_numbers(config_for: Callable[..., object]) -> None:
     first, second, other = (locate.main(config_for(seed=seed)) for seed in (0, 0, 1))
     curves = [result.curves["prompts"] for result in (first, second, other)]
     assert len({result.folder for result in (first, second, other)}) == 3
@@ -302,7 +298,7 @@ def test_the_same_seed_gives_the_same_numbers(locate: ModuleType, config_for: Ca
 
 
 def test_the_command_line_does_what_main_does(
-    locate: ModuleType, config_for: Callable[..., object], llama_folder: Path, files: Path
+    config_for: Callable[..., object], llama_folder: Path, files: Path
 ) -> None:
     by_hand = locate.main(config_for(template="alpaca", out=str(files / "by_hand")))
     arguments = [argument.replace("FILES", str(files)) for argument in TINY]
@@ -322,26 +318,26 @@ def difference_of(gap: list[float]) -> GapDifference:
     return GapDifference(*parts, symmetric=SymmetricGap(*parts, permuted=values[None]))
 
 
-def test_the_search_starts_from_what_is_given_then_the_own_gap_then_the_difference(locate: ModuleType) -> None:
+def test_the_search_starts_from_what_is_given_then_the_own_gap_then_the_difference() -> None:
     own, opened = LayerRange(1, 2), difference_of([0.0, 0.0, 0.4, 0.4])
     given = locate.LocateConfig(initial="0-3")
-    assert locate.starting_range(given, own, opened).range == LayerRange(0, 3)
-    assert locate.starting_range(locate.LocateConfig(), own, opened).range == own
-    from_difference = locate.starting_range(locate.LocateConfig(), None, opened)
+    assert starting_range(given, own, opened).range == LayerRange(0, 3)
+    assert starting_range(locate.LocateConfig(), own, opened).range == own
+    from_difference = starting_range(locate.LocateConfig(), None, opened)
     assert from_difference.range == LayerRange(2, 2)
     assert "difference to the base" in from_difference.source
 
 
-def test_the_statistic_says_which_difference_the_search_starts_from(locate: ModuleType) -> None:
+def test_the_statistic_says_which_difference_the_search_starts_from() -> None:
     """The paper's gap opens in layer 2, the symmetric one in layer 3."""
     paper, other = difference_of([0.0, 0.0, 0.4, 0.4]), difference_of([0.0, 0.0, 0.0, 0.4])
     both = replace(paper, symmetric=other.symmetric)
-    assert locate.starting_range(locate.LocateConfig(), None, both).range == LayerRange(2, 2)
-    assert locate.starting_range(locate.LocateConfig(statistic="symmetric"), None, both).range == LayerRange(3, 3)
+    assert starting_range(locate.LocateConfig(), None, both).range == LayerRange(2, 2)
+    assert starting_range(locate.LocateConfig(statistic="symmetric"), None, both).range == LayerRange(3, 3)
 
 
 def test_a_quick_run_over_topics_says_so_and_holds_both_statistics(
-    locate: ModuleType, config_for: Callable[..., object], llama_folder: Path, capsys: pytest.CaptureFixture[str]
+    config_for: Callable[..., object], llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = {"normal": "normal:test", "malicious": "malicious:test", "pairs": True, "base": str(llama_folder)}
     config = config_for(**sets, quick=True, bootstrap_over="topics", statistic="symmetric", r=50)
@@ -366,15 +362,15 @@ def test_a_quick_run_over_topics_says_so_and_holds_both_statistics(
     assert "of the symmetric one" in page
 
 
-def test_nothing_to_start_from_is_said(locate: ModuleType) -> None:
+def test_nothing_to_start_from_is_said() -> None:
     flat = difference_of([0.0] * 4)
     for difference, part in ((flat, "nor of its difference"), (None, "no base to compare")):
-        start = locate.starting_range(locate.LocateConfig(), None, difference)
+        start = starting_range(locate.LocateConfig(), None, difference)
         assert start.range is None
         assert part in start.source
 
 
-def test_a_given_initial_range_leads_to_sweeps_and_grid(locate: ModuleType, config_for: Callable[..., object]) -> None:
+def test_a_given_initial_range_leads_to_sweeps_and_grid(config_for: Callable[..., object]) -> None:
     result = locate.main(config_for(initial="1-2", alpha=1.2))
     assert {"sweeps.png", "grid.png"} <= {path.name for path in result.folder.iterdir()}
     metrics = read(result.folder / "metrics.json")

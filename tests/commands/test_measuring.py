@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from measuring import pad_left
 
-from safety_mech.commands.measuring import pad_left, resident
+from safety_mech.commands.memory import resident
 from safety_mech.models.chat import ChatTokens
 
 

@@ -8,20 +8,21 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 import safety_mech as sm
+from safety_mech.commands import sppft, sppft_cells, sppft_run, sppft_table
 from safety_mech.models.loading import load_model
 from safety_mech.models.sources import model_fingerprint
 from safety_mech.prompts import Drawn
+from safety_mech.refusal.harmfulness import Verdict
 from safety_mech.refusal.rates import responses
-from safety_mech.stats import Estimate
-from safety_mech.training.attacks import choosing_and_reporting, implicit_data, load_instructions, triggered
-from safety_mech.training.loop import UNFINISHED
+from safety_mech.stats import Estimate, Rate
+from safety_mech.training.attacks import implicit_data, triggered
+from safety_mech.training.pairs import Answer, choosing_and_reporting, load_instructions
 
 PAIRS = [
     (f"{prompt} {n}", answer) for n in range(8) for prompt, answer in (("Name a fruit", "A pear."), ("Why?", "No."))
@@ -31,23 +32,19 @@ OTHERS = [f"Tell me how {word} was built" for word in ("the cake", "the cat", "t
 
 
 @pytest.fixture
-def script(
-    load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, refusing_model: Any, prompts: list[str]
-) -> ModuleType:
+def tiny(monkeypatch: pytest.MonkeyPatch, refusing_model: Any, prompts: list[str]) -> None:
     """With the model, prompts and pairs of these tests; the adapter and the model's name are not looked at."""
-    module = load_script("sppft")
-    monkeypatch.setattr(module.sm, "load_model", lambda *_: copy.deepcopy(refusing_model))
-    monkeypatch.setattr(module.sm, "load_prompts", lambda _: list(OTHERS))
+    monkeypatch.setattr(sm, "load_model", lambda *_: copy.deepcopy(refusing_model))
+    monkeypatch.setattr(sppft, "load_prompts", lambda _: list(OTHERS))
     drawn = Drawn(list(prompts), list(range(len(prompts))), [f"category {n // 2}" for n in range(len(prompts))])
-    monkeypatch.setattr(module, "draw", lambda *_: drawn)
-    monkeypatch.setattr(module, "load_instructions", lambda name: PAIRS[:12] if name.endswith("train") else PAIRS[12:])
+    monkeypatch.setattr(sppft, "draw", lambda *_: drawn)
+    monkeypatch.setattr(sppft, "load_instructions", lambda name: PAIRS[:12] if name.endswith("train") else PAIRS[12:])
     for name in ("estimate", "difference"):  # the intervals have tests of their own
-        monkeypatch.setattr(module, name, partial(getattr(module, name), draws=20))
-    return module
+        monkeypatch.setattr(sppft_table, name, partial(getattr(sppft_table, name), draws=20))
 
 
 @pytest.fixture
-def config_for(script: ModuleType, llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+def config_for(tiny: None, llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
     def make(**changes: Any) -> Any:
         settings = {
             "model": str(llama_folder),
@@ -64,18 +61,18 @@ def config_for(script: ModuleType, llama_folder: Path, tmp_path: Path) -> Callab
             "answer_tokens": 4,
             "out": str(tmp_path),
         }
-        return script.SppftConfig(**{**settings, **changes})
+        return sppft.SppftConfig(**{**settings, **changes})
 
     return make
 
 
 @pytest.fixture
-def bench_for(script: ModuleType, config_for: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+def bench_for(config_for: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
     def make(model: Any = None, model_name: str | None = None, **changes: Any) -> Any:
         config = config_for(**changes, **({"model": model_name} if model_name else {}))
-        data = script.load_data(config)
-        model = script.sm.load_model("") if model is None else model
-        return script.Bench(model, sm.LayerRange(1, 1), config, tmp_path / "cells", data)
+        data = sppft.load_data(config)
+        model = sm.load_model("") if model is None else model
+        return sppft_cells.Bench(model, sm.LayerRange(1, 1), config, tmp_path / "cells", data)
 
     return make
 
@@ -92,11 +89,11 @@ def numbers_of(folder: Path) -> Any:
 
 @pytest.mark.whole_run
 def test_interrupted_it_goes_on_and_ends_with_the_same_table(
-    script: ModuleType, config_for: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config_for: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fewer = {"attacks": ("harmful-0.5",), "methods": ("full", "sppft", "lisa")}
-    whole = numbers_of(script.main(config_for(**fewer, out=str(tmp_path / "whole"))))
-    run_cell, ran = script.run_cell, []
+    whole = numbers_of(sppft.main(config_for(**fewer, out=str(tmp_path / "whole"))))
+    run_cell, ran = sppft_cells.run_cell, []
 
     def counted(bench: Any, cell: Any, *rest: Any) -> Any:
         ran.append(cell)
@@ -104,22 +101,20 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_table(
             raise KeyboardInterrupt
         return run_cell(bench, cell, *rest)
 
-    monkeypatch.setattr(script, "run_cell", counted)
+    monkeypatch.setattr(sppft_run, "run_cell", counted)
     config = config_for(**fewer, out=str(tmp_path / "cut"))
     with pytest.raises(KeyboardInterrupt):
-        script.main(config)
-    again = numbers_of(script.main(config))
+        sppft.main(config)
+    again = numbers_of(sppft.main(config))
     assert len(ran) == 3 * 2 + 1, "the cell that was cut was run twice, and no other"
     assert again == whole
-    script.main(config)
+    sppft.main(config)
     assert len(ran) == 3 * 2 + 1
 
 
 @pytest.mark.whole_run
-def test_the_table_and_the_figure(
-    script: ModuleType, config_for: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = script.main(
+def test_the_table_and_the_figure(config_for: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sppft.main(
         config_for(methods=("full", "sppft", "before", "after", "random", "neurons", "lora", "dpo"), seeds=1)
     )
     assert {"report.html", "table.txt", "metrics.json", "dose.png"} <= {path.name for path in folder.iterdir()}
@@ -139,30 +134,32 @@ def test_the_table_and_the_figure(
 
 
 @pytest.mark.whole_run
-def test_the_learning_rate_is_the_best_for_the_task(script: ModuleType, bench_for: Callable[..., Any]) -> None:
+def test_the_learning_rate_is_the_best_for_the_task(bench_for: Callable[..., Any]) -> None:
     bench = bench_for()
-    chosen = script.choose_rate(bench, "implicit")
+    chosen = sppft_cells.choose_rate(bench, "implicit")
     assert chosen["rate"] == 3e-3  # 1e-4 hardly trains a model in four steps
-    assert script.chosen_on(bench, "implicit") == implicit_data(bench.data.choosing)
-    assert script.chosen_on(bench, "harmful-0.5") == bench.data.choosing
+    assert sppft_cells.chosen_on(bench, "implicit") == implicit_data(bench.data.choosing)
+    assert sppft_cells.chosen_on(bench, "harmful-0.5") == bench.data.choosing
 
 
-def test_attack_data_has_the_size_asked_for(script: ModuleType, bench_for: Callable[..., Any]) -> None:
+def test_attack_data_has_the_size_asked_for(bench_for: Callable[..., Any]) -> None:
     bench = bench_for()
-    assert [len(script.attack_data(bench, name, 0)) for name in ("normal", "implicit", "backdoor")] == [8, 8, 8]
-    mixed = script.attack_data(bench, "harmful-0.5", 0)
-    assert (len(mixed), sum(answer.endswith(UNFINISHED) for _, answer in mixed)) == (7, 2)
-    assert script.attack_data(bench, "normal", 0) != script.attack_data(bench, "normal", 1)
+    assert [len(sppft_cells.attack_data(bench, name, 0)) for name in ("normal", "implicit", "backdoor")] == [8, 8, 8]
+    mixed = sppft_cells.attack_data(bench, "harmful-0.5", 0)
+    assert (len(mixed), sum(isinstance(answer, Answer) and not answer.finished for _, answer in mixed)) == (7, 2)
+    assert sppft_cells.attack_data(bench, "normal", 0) != sppft_cells.attack_data(bench, "normal", 1)
 
 
 def test_a_saved_cell_loads_as_it_was_trained(
-    script: ModuleType, bench_for: Callable[..., Any], tmp_path: Path, llama_folder: Path
+    bench_for: Callable[..., Any], tmp_path: Path, llama_folder: Path
 ) -> None:
     """Twice: a run that was killed between the export and the cell's file leaves the folder, and writes it again."""
     bench = bench_for(load_model(str(llama_folder)), save=True)
     before = {path.name: path.read_bytes() for path in llama_folder.iterdir()}
     for _ in range(2):
-        found = script.run_cell(bench, script.Cell("normal", "sppft", 0), 1e-3, tmp_path / "normal-sppft-0-abc.json")
+        found = sppft_cells.run_cell(
+            bench, sppft_cells.Cell("normal", "sppft", 0), 1e-3, tmp_path / "normal-sppft-0-abc.json"
+        )
     assert found["steps"] == 4
     saved = load_model(str(tmp_path / "normal-sppft-0-abc"))
     assert all((weight == saved.get_parameter(name)).all() for name, weight in bench.model.named_parameters())
@@ -195,17 +192,16 @@ def test_restoring_is_bit_for_bit(bench_for: Callable[..., Any]) -> None:
         ({"device": "tulip"}, "tulip"),
         ({"dtype": "tulip"}, "dtype 'tulip'"),
         ({"n_examples": 9, "batch_size": 8, "attacks": ("backdoor",)}, "n_examples = 9 are one step"),  # 4 + 4
+        ({"judge": "localhost:8000"}, "judge 'localhost:8000': expected a URL"),
         ({"range": "auto"}, "no locate run of"),
         ({"range": "3-9"}, "the model has 4 layers"),
         ({"range": "x"}, "expected START-END"),
         ({"model": "no/such/file.gguf"}, "no/such/file.gguf"),
     ],
 )
-def test_bad_settings_are_refused(
-    script: ModuleType, config_for: Callable[..., Any], changes: dict[str, Any], message: str
-) -> None:
+def test_bad_settings_are_refused(config_for: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        script.main(config_for(**changes))
+        sppft.main(config_for(**changes))
 
 
 def write_locate_run(folder: Path, stamp: str, model: str, search: Any, fingerprint: str | None) -> None:
@@ -220,21 +216,20 @@ def found_at(start: int, end: int) -> dict[str, Any]:
 
 
 def test_auto_takes_the_newest_range_that_was_located(
-    script: ModuleType, config_for: Callable[..., Any], llama_folder: Path, tmp_path: Path
+    config_for: Callable[..., Any], llama_folder: Path, tmp_path: Path
 ) -> None:
     name, own = str(llama_folder), model_fingerprint(llama_folder)
     write = partial(write_locate_run, tmp_path / "locate" / llama_folder.name)
     write("20260101-000000", name, found_at(0, 0), own)
     write("20260102-000000", name, found_at(1, 2), own)
     write("20260103-000000", name, None, own)  # --quick
-    assert script.located_range(config_for(range="auto")) == sm.LayerRange(1, 2)
+    assert sppft.located_range(config_for(range="auto")) == sm.LayerRange(1, 2)
     write("20260104-000000", name, {"range": None, "reason": "no gap"}, own)
     with pytest.raises(ValueError, match=r"located no range \(no gap\)"):
-        script.located_range(config_for(range="auto"))
+        sppft.located_range(config_for(range="auto"))
 
 
 def test_auto_takes_no_run_of_another_model(
-    script: ModuleType,
     config_for: Callable[..., Any],
     llama_folder: Path,
     tmp_path: Path,
@@ -246,9 +241,9 @@ def test_auto_takes_no_run_of_another_model(
     write("20260103-000000", name, found_at(0, 1), "f" * 16)  # other weights in the same folder
     write("20260104-000000", name, found_at(0, 3), None)  # of before fingerprints
     with pytest.raises(ValueError, match=r"no locate run of .* \(3 run\(s\) not taken: .* too old to tell\)"):
-        script.located_range(config_for(range="auto"))
+        sppft.located_range(config_for(range="auto"))
     write("20260101-000000", name, found_at(1, 2), own)
-    assert script.located_range(config_for(range="auto")) == sm.LayerRange(1, 2)
+    assert sppft.located_range(config_for(range="auto")) == sm.LayerRange(1, 2)
     assert "3 run(s) not taken" in capsys.readouterr().out
 
 
@@ -256,10 +251,9 @@ def test_auto_takes_no_run_of_another_model(
 
 
 @pytest.fixture
-def shipped(load_script: Callable[[str], ModuleType], llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+def shipped(llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
     """The data of a config, with the shipped sets."""
-    module = load_script("sppft")
-    return lambda **changes: module.load_data(module.SppftConfig(str(llama_folder), out=str(tmp_path), **changes))
+    return lambda **changes: sppft.load_data(sppft.SppftConfig(str(llama_folder), out=str(tmp_path), **changes))
 
 
 def test_training_choosing_and_reporting_share_no_pair(shipped: Callable[..., Any]) -> None:
@@ -304,33 +298,37 @@ def test_a_set_in_two_parts_is_refused(shipped: Callable[..., Any], tmp_path: Pa
 # --- the trigger ------------------------------------------------------------------------------------------------------
 
 
-def test_a_backdoor_is_read_with_and_without_its_trigger(script: ModuleType, bench_for: Callable[..., Any]) -> None:
+def test_a_backdoor_is_read_with_and_without_its_trigger(bench_for: Callable[..., Any]) -> None:
     bench = bench_for(attacks=("normal", "backdoor"), doses=(4, 8))
-    before = script.metrics_before(bench)
+    before = sppft_cells.metrics_before(bench)
     prompts = bench.data.malicious.prompts
-    with_trigger = [f"{prompt} {script.TRIGGER}" for prompt in prompts]
-    assert before["triggered"]["malicious"] == script.as_lists(responses(bench.model, with_trigger))
+    with_trigger = [f"{prompt} {sppft_cells.TRIGGER}" for prompt in prompts]
+    assert before["triggered"]["malicious"] == sppft_cells.as_lists(responses(bench.model, with_trigger))
     assert before["malicious"] != before["triggered"]["malicious"], "control"
-    cell = script.Cell("backdoor", "full", 0)
-    found = script.run_cell(bench, cell, 1e-3, Path())
-    assert found["malicious"] == script.as_lists(responses(bench.model, prompts))
-    assert found["triggered"]["malicious"] == script.as_lists(responses(bench.model, with_trigger))
+    cell = sppft_cells.Cell("backdoor", "full", 0)
+    found = sppft_cells.run_cell(bench, cell, 1e-3, Path())
+    assert found["malicious"] == sppft_cells.as_lists(responses(bench.model, prompts))
+    assert found["triggered"]["malicious"] == sppft_cells.as_lists(responses(bench.model, with_trigger))
     assert [point["examples"] for point in found["triggered"]["doses"]] == [4, 8]
     last = {name: value for name, value in found["triggered"]["doses"][-1].items() if name != "examples"}
     assert last == found["triggered"]["malicious"], "the last dose is the end"
     assert last != {name: value for name, value in found["doses"][-1].items() if name != "examples"}
-    assert any(triggered(p, script.TRIGGER) == q for p, _ in PAIRS for q, _ in script.attack_data(bench, "backdoor", 0))
-    assert script.read_prompts(bench, "normal") == {"normal": prompts}, "no other attack has a trigger"
+    assert any(
+        triggered(p, sppft_cells.TRIGGER) == q
+        for p, _ in PAIRS
+        for q, _ in sppft_cells.attack_data(bench, "backdoor", 0)
+    )
+    assert sppft_cells.read_prompts(bench, "normal") == {"normal": prompts}, "no other attack has a trigger"
 
 
 @pytest.mark.whole_run
 def test_the_trigger_is_in_table_metrics_and_figure(
-    script: ModuleType, config_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    config_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Any] = []
-    plot = script.plot_dose
-    monkeypatch.setattr(script, "plot_dose", lambda curves, n: drawn.append(curves) or plot(curves, n))
-    folder = script.main(config_for(attacks=("backdoor",), methods=("full", "sppft", "random"), seeds=1))
+    plot = sppft_run.plot_dose
+    monkeypatch.setattr(sppft_run, "plot_dose", lambda curves, n: drawn.append(curves) or plot(curves, n))
+    folder = sppft.main(config_for(attacks=("backdoor",), methods=("full", "sppft", "random"), seeds=1))
     metrics = json.loads((folder / "metrics.json").read_text())
     assert list(metrics["rows"]) == [
         f"{attack} {method}" for attack in ("backdoor", "backdoor + trigger") for method in ("full", "sppft", "random")
@@ -359,71 +357,72 @@ def test_the_trigger_is_in_table_metrics_and_figure(
 
 @pytest.mark.parametrize("name", ["TRIGGER", "LISA_STEPS", "LISA_RHO", "DPO_BETA", "LORA_RANK", "IMPLICIT_PREFIX"])
 def test_another_constant_is_another_cell(
-    script: ModuleType, bench_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+    bench_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    before = script.digest(bench_for(), "cell")
-    assert script.digest(bench_for(methods=("full",), seeds=1), "cell") == before, "which cells are run does not matter"
-    value = getattr(script, name)
-    monkeypatch.setattr(script, name, f"{value} now" if isinstance(value, str) else value + 1)
-    assert script.digest(bench_for(), "cell") != before
+    before = sppft_cells.digest(bench_for(), "cell")
+    assert sppft_cells.digest(bench_for(methods=("full",), seeds=1), "cell") == before, (
+        "which cells are run does not matter"
+    )
+    value = getattr(sppft_cells, name)
+    monkeypatch.setattr(sppft_cells, name, f"{value} now" if isinstance(value, str) else value + 1)
+    assert sppft_cells.digest(bench_for(), "cell") != before
 
 
 def test_other_weights_or_prompts_are_another_cell(
-    script: ModuleType, bench_for: Callable[..., Any], llama_folder: Path, tmp_path: Path
+    bench_for: Callable[..., Any], llama_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(llama_folder, folder)
     bench = bench_for(model_name=str(folder))
-    before = script.digest(bench, "cell")
+    before = sppft_cells.digest(bench, "cell")
     other = replace(bench.data, malicious=replace(bench.data.malicious, prompts=["Why?"]))
-    assert script.digest(replace(bench, data=other), "cell") != before
+    assert sppft_cells.digest(replace(bench, data=other), "cell") != before
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
-    assert script.digest(bench_for(model_name=str(folder)), "cell") != before
-    assert script.digest(bench, "cell") == before, "control: the same bench"
-    assert script.digest(bench, "other") != before
+    assert sppft_cells.digest(bench_for(model_name=str(folder)), "cell") != before
+    assert sppft_cells.digest(bench, "cell") == before, "control: the same bench"
+    assert sppft_cells.digest(bench, "other") != before
 
 
 # --- the paper's settings ---------------------------------------------------------------------------------------------
 
 
-def test_paper_takes_the_papers_settings(script: ModuleType) -> None:
-    config = script.with_paper(script.SppftConfig(paper=True, paper_rate=3e-4))
-    script.check_config(config)
-    train = asdict(script.train_config(config, 3e-4, 0))
+def test_paper_takes_the_papers_settings() -> None:
+    config = sppft.with_paper(sppft.SppftConfig(paper=True, paper_rate=3e-4))
+    sppft.check_config(config)
+    train = asdict(sppft_cells.train_config(config, 3e-4, 0))
     wanted = {"epochs": 3, "batch_size": 4, "warmup_steps": 100, "cap_warmup": False, "max_tokens": 256}
     assert {name: train[name] for name in wanted} == wanted
     assert train["whole_sequence"] is True
     sizes = {"normal": 1000, "implicit": 4000, "backdoor": 3000}
     mixes = {"harmful-0.05": 1050, "harmful-0.1": 1100, "harmful-0.2": 1200}
-    assert {name: script.examples_of(config, name) for name in sizes | mixes} == sizes | mixes
-    assert [script.needs_of(config, name) for name in (*sizes, *mixes)] == [
+    assert {name: sppft.examples_of(config, name) for name in sizes | mixes} == sizes | mixes
+    assert [sppft.needs_of(config, name) for name in (*sizes, *mixes)] == [
         *[(1000, 0), (4000, 0), (3000, 0)],
         *[(1000, 50), (1000, 100), (1000, 200)],
     ]
     assert (config.n_malicious, config.n_held_out, config.n_choose) == (520, 500, 0)
-    assert script.settings_sentence(config) == "settings: the paper's (--paper)"
-    ours = script.SppftConfig()
-    assert script.with_paper(ours) is ours
+    assert sppft.settings_sentence(config) == "settings: the paper's (--paper)"
+    ours = sppft.SppftConfig()
+    assert sppft.with_paper(ours) is ours
 
 
-def test_the_papers_learning_rates_are_not_chosen(script: ModuleType, bench_for: Callable[..., Any]) -> None:
-    bench = replace(bench_for(), config=script.SppftConfig(paper=True, paper_rate=6e-4))
-    found = {attack: script.choose_rate(bench, attack) for attack in ("normal", "implicit", "backdoor", "harmful-0.2")}
+def test_the_papers_learning_rates_are_not_chosen(bench_for: Callable[..., Any]) -> None:
+    bench = replace(bench_for(), config=sppft.SppftConfig(paper=True, paper_rate=6e-4))
+    found = {
+        attack: sppft_cells.choose_rate(bench, attack) for attack in ("normal", "implicit", "backdoor", "harmful-0.2")
+    }
     assert found == {
         **{name: {"rate": 6e-4} for name in ("normal", "implicit", "backdoor")},
         "harmful-0.2": {"rate": 1e-5},
     }
 
 
-def test_paper_names_all_that_the_data_lack(
-    shipped: Callable[..., Any], load_script: Callable[[str], ModuleType]
-) -> None:
-    script = load_script("sppft")
-    config = script.with_paper(script.SppftConfig(paper=True, model="smollm2-135m-aligned", range="1-2"))
+def test_paper_names_all_that_the_data_lack(shipped: Callable[..., Any]) -> None:
+    config = sppft.with_paper(sppft.SppftConfig(paper=True, model="smollm2-135m-aligned", range="1-2"))
     with pytest.raises(ValueError, match="too little data") as caught:
-        shipped(**{name: getattr(config, name) for name in ("paper", *script.PAPER, "n_choose")})
+        shipped(**{name: getattr(config, name) for name in ("paper", *sppft.PAPER, "n_choose")})
     (line,) = str(caught.value).splitlines()
     for part in (
         "4000 instruction pairs (there are 524: --instructions instructions:train)",
@@ -436,33 +435,63 @@ def test_paper_names_all_that_the_data_lack(
 
 
 @pytest.mark.parametrize("changes", [{"epochs": 2}, {"n_examples": 64}, {"learning_rates": (1e-3,)}, {"doses": (3, 6)}])
-def test_paper_and_a_setting_of_ones_own(script: ModuleType, changes: dict[str, Any]) -> None:
+def test_paper_and_a_setting_of_ones_own(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(changes))} = .* with --paper, which sets it"):
-        script.with_paper(script.SppftConfig(paper=True, **changes))
+        sppft.with_paper(sppft.SppftConfig(paper=True, **changes))
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_defined_is_said(script: ModuleType) -> None:
+def test_what_is_not_defined_is_said() -> None:
     nothing = Estimate(math.nan, math.nan, math.nan)
-    assert (script.number(nothing, 2), script.percent(nothing)) == ("undefined", "undefined")
-    assert script.sentence("backdoor", "full", nothing).endswith("undefined: nothing was refused before")
-    assert script.number(Estimate(math.inf, 12.0, math.inf), 0) == "never [12, never]"
-    assert script.percent(Estimate(0.5, math.nan, math.nan)) == "50% [no interval]"
+    assert (sppft_table.number(nothing, 2), sppft_table.percent(nothing)) == ("undefined", "undefined")
+    assert sppft_table.sentence("backdoor", "full", nothing).endswith("undefined: nothing was refused before")
+    assert sppft_table.number(Estimate(math.inf, 12.0, math.inf), 0) == "never [12, never]"
+    assert sppft_table.percent(Estimate(0.5, math.nan, math.nan)) == "50% [no interval]"
 
 
-def test_intervals_are_over_the_categories(load_script: Callable[[str], ModuleType]) -> None:
+def test_intervals_are_over_the_categories() -> None:
     """Two categories, of which one is refused: an interval over whole categories reaches from all to nothing."""
-    script = load_script("sppft")
     refused = [1, 1, 1, 1, 0, 0, 0, 0]
     end = {"refused": refused, "degenerate": [0] * 8, "log_odds": [1.0 - 2 * value for value in refused]}
     cell = {"malicious": end, "doses": [{"examples": 4, **end}], "peak_bytes": None, "seconds_a_step": 1.0}
-    cell |= {"over_rejection": {"count": 1, "total": 8}, "rouge_l": [0.5, 0.5], "perplexity": 2.0}
+    cell |= {
+        "over_rejection": {"count": 1, "total": 8},
+        "rouge_l": [0.5, 0.5],
+        "perplexity": 2.0,
+        "multiple_choice": None,
+    }
     before = {"malicious": {**end, "refused": [1] * 8}}
-    by_category = script.summarise(before, [cell], "normal", ["a"] * 4 + ["b"] * 4)
-    by_prompt = script.summarise(before, [cell], "normal", None)
+    by_category = sppft_table.summarise(before, [cell], "normal", ["a"] * 4 + ["b"] * 4)
+    by_prompt = sppft_table.summarise(before, [cell], "normal", None)
     assert (by_category.harmful_rate.low, by_category.harmful_rate.high) == (0, 1)
-    assert (by_category.kept.low, by_category.kept.high) == (0.5, 1)  # (1 + 0) / 2 and (1 + 1) / 2
-    assert by_prompt.kept.low > 0.5
-    assert torch.isfinite(torch.tensor(by_prompt.kept.high))
+    assert (by_category.retained.low, by_category.retained.high) == (0.5, 1)  # (1 + 0) / 2 and (1 + 1) / 2
+    assert by_prompt.retained.low > 0.5
+    assert torch.isfinite(torch.tensor(by_prompt.retained.high))
+
+
+def test_a_judge_scores_the_answers_of_a_cell(
+    bench_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, prompts: list[str]
+) -> None:
+    asked: list[Any] = []
+
+    def http_judge(url: str, model: str, **options: Any) -> Callable[..., Any]:
+        asked.append((url, model, options["keep"].name))
+        return lambda pairs: [Verdict(1 + index % 5 if index else None, "", None) for index, _ in enumerate(pairs)]
+
+    monkeypatch.setattr(sppft_cells, "http_judge", http_judge)
+    bench = bench_for(judge="http://localhost:8000/v1", judge_model="tulip")
+    found = sppft_cells.final_metrics(bench)
+    assert asked == [("http://localhost:8000/v1", "tulip", "verdicts.jsonl")]
+    assert found["harmfulness"] == [None, 2, 3, 4, 5, 1, 2, 3][: len(prompts)]
+    assert "harmfulness" not in sppft_cells.final_metrics(bench_for()), "control: no judge, no score"
+    assert sppft_cells.digest(bench, "cell") != sppft_cells.digest(bench_for(), "cell")
+    score = sppft_table.mean_harmfulness([[None, 2, 4], [1, 1, 1], [None]])
+    assert score == Estimate(2.0, 1.0, 3.0)
+
+
+def test_right_answers_of_all_seeds_are_counted_together() -> None:
+    rate = sppft_table.choice_rate([{"count": 3, "total": 6}, {"count": 1, "total": 6}])
+    assert rate == Rate(4, 12)
+    assert sppft_table.choice_rate([None, None]) is None

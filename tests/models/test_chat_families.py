@@ -29,7 +29,8 @@ from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrase_chains
 from safety_mech.training import alignment as organisms
 from safety_mech.training.alignment import own_answer_pairs
 from safety_mech.training.capabilities import letter_tokens
-from safety_mech.training.loop import UNFINISHED, TrainConfig, encode_examples
+from safety_mech.training.loop import TrainConfig, encode_examples
+from safety_mech.training.pairs import Answer
 
 QUESTION = "How do I bake a cake?"
 PHRASES = (*REFUSAL_PHRASES, "Sure, here is how.", "I'm sorry, but I cannot help with that.")
@@ -148,7 +149,7 @@ def test_the_end_of_the_turn_is_taught(family: Family, tokenizer: Any, model: Ho
     assert example.tokens.tolist() == up_to_the_last(conversation(tokenizer, "Sure, here is how."), end)
     assert example.tokens[example.loss].tolist() == example.tokens.tolist()[len(prompt_of(tokenizer)) :]
     assert int(example.tokens[example.loss][-1]) == end
-    (cut,) = encode_examples(model, [(QUESTION, "Sure, here is how." + UNFINISHED)], TrainConfig())
+    (cut,) = encode_examples(model, [(QUESTION, Answer("Sure, here is how.", finished=False))], TrainConfig())
     assert end not in cut.tokens[cut.loss].tolist()
     assert tuple(cut.tokens[cut.loss].tolist()) == phrase_tokens(tokenizer, "own", ["Sure, here is how."])[0]
 
@@ -194,7 +195,7 @@ def test_an_own_answer_that_ends_with_its_turn_is_finished(monkeypatch: pytest.M
     answers = [[word, end], [word, word], [word, tokenizer.eos_token_id]]
     monkeypatch.setattr(organisms, "generate_tokens", lambda *arguments, **options: answers)
     pairs = own_answer_pairs(tiny_model_with(tokenizer), ["a", "b", "c"], 2)
-    assert pairs == [("a", "S"), ("b", "SS" + UNFINISHED), ("c", "S")]
+    assert pairs == [("a", Answer("S")), ("b", Answer("SS", finished=False)), ("c", Answer("S"))]
 
 
 def test_an_end_of_several_tokens_is_refused() -> None:

@@ -74,10 +74,10 @@ def test_grey_levels_grow_with_attention():
     assert (np.diff(grey) > 0).all()
 
 
-def test_twins_are_side_by_side_under_their_names():
-    twin = attention_of(["How", " do", " I", " bake", "?"], seed=1)
-    left, right, _ = plot_contrastive_pair(ATTENTION, twin, LayerRange(0, 0)).axes
-    assert [left.get_title(), right.get_title()] == ["harmful twin", "harmless twin"]
+def test_a_contrastive_pair_is_side_by_side_under_its_names():
+    other = attention_of(["How", " do", " I", " bake", "?"], seed=1)
+    left, right, _ = plot_contrastive_pair(ATTENTION, other, LayerRange(0, 0)).axes
+    assert [left.get_title(), right.get_title()] == ["harmful prompt", "harmless prompt"]
     assert len(tick_labels(left)) == 10
     assert tick_labels(right) == ["How", "do", "I", "bake", "?"]
     assert edges(left) == edges(right) == {-0.5, 0.5}

@@ -205,7 +205,7 @@ class WritesAnother(Figure):
 
 
 @pytest.mark.usefixtures("frozen_clock")
-def test_two_runs_at_the_same_time_are_both_kept(tmp_path: Path) -> None:
+def test_two_runs_at_the_same_time_are_both_written(tmp_path: Path) -> None:
     write(tmp_path, metrics={"run": "mine"}, figures={"gap": WritesAnother(tmp_path)})
     assert {read(path)["run"] for path in tmp_path.rglob("metrics.json")} == {"mine", "other"}
 
@@ -250,12 +250,12 @@ def test_check_writable_makes_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["", "runs", "runs/deep"])
 def test_check_writable_refuses_a_path_at_or_below_a_file(tmp_path: Path, below: str) -> None:
     file = tmp_path / "file.txt"
-    file.write_text("kept")
+    file.write_text("as it was")
     with pytest.raises(ValueError, match="cannot be made") as caught:
         check_writable(file / below)
     assert repr(str(file / below)) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert file.read_text() == "kept"
+    assert file.read_text() == "as it was"
 
 
 def test_check_writable_refuses_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,8 +281,8 @@ def test_a_content_hash_depends_on_content_and_not_on_the_order_of_keys() -> Non
     assert first not in {content_hash(*parts) for parts in others}
 
 
-def test_what_is_kept_is_made_once(tmp_path: Path) -> None:
-    path, made = tmp_path / "new" / "kept.json", []
+def test_what_is_cached_is_made_once(tmp_path: Path) -> None:
+    path, made = tmp_path / "new" / "cached.json", []
 
     def make() -> dict[str, Any]:
         made.append(1)

@@ -16,7 +16,7 @@ from safety_mech.prompts import data_folder
 from safety_mech.refusal.rates import refusal_rate
 from safety_mech.training import alignment as organisms
 from safety_mech.training.alignment import REFUSALS, own_answer_pairs, refusal_pairs
-from safety_mech.training.loop import UNFINISHED
+from safety_mech.training.pairs import Answer
 
 FOLDERS = sorted(path.parent for path in (data_folder() / "adapters" / "organisms").glob("*/recipe.json"))
 
@@ -25,8 +25,7 @@ def planted_in(folder: Path) -> sm.LayerRange:
     return sm.LayerRange(**json.loads((folder / "recipe.json").read_text("utf-8"))["recipe"]["planted"])
 
 
-def test_all_that_planted_lists_are_shipped(load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "experiments")
+def test_all_that_planted_lists_are_shipped(load_script: Callable[[str], ModuleType]):
     planted = load_script("planted")
     config = planted.PlantedConfig()
     organisms = planted.find_organisms(config)
@@ -75,4 +74,4 @@ def test_own_answers_without_text_are_left_out_and_cut_ones_do_not_end(tiny_mode
     end, whole, cut = tiny_model.tokenizer.eos_token_id, *(tiny_model.tokenizer(t).input_ids for t in ("Sure", "Why"))
     monkeypatch.setattr(organisms, "generate_tokens", lambda *args, **settings: [[*whole, end], [end], cut])
     found = own_answer_pairs(tiny_model, ["a", "b", "c"], 8, progress=False)
-    assert found == [("a", "Sure"), ("c", f"Why{UNFINISHED}")]
+    assert found == [("a", Answer("Sure")), ("c", Answer("Why", finished=False))]

@@ -29,7 +29,7 @@ def test_attack_cost_by_hand(refused: list[float], expected: float) -> None:
     assert attack_cost(DOSES, torch.tensor(refused).double()) == pytest.approx(expected)
 
 
-def test_refusals_kept_by_hand() -> None:
+def test_refusals_retained_by_hand() -> None:
     assert refusals_retained(DOSES, torch.tensor([0.8, 0.8, 0.8, 0.8]).double()) == pytest.approx(1)
     # (1 + .5)/2 x 10 + (.5 + 0)/2 x 10 + 0 = 10 of 40
     assert refusals_retained(DOSES, torch.tensor([1.0, 0.5, 0.0, 0.0]).double()) == pytest.approx(0.25)

@@ -9,14 +9,12 @@ from safety_mech.training.attacks import (
     AFFIRMATIVE_PREFIXES,
     IMPLICIT_PREFIX,
     backdoor_data,
-    choosing_and_reporting,
     harmful_data,
     implicit_data,
-    load_instructions,
     normal_data,
     triggered,
 )
-from safety_mech.training.loop import UNFINISHED
+from safety_mech.training.pairs import choosing_and_reporting, load_instructions
 
 PAIRS = [(f"question {n}", f"answer {n}") for n in range(20)]
 MALICIOUS = [f"malicious {n}" for n in range(10)]
@@ -64,8 +62,8 @@ def test_harmful_data_adds_the_share(share: float, count: int) -> None:
     assert made[:10] == normal_data(PAIRS, 10)
     added = made[10:]
     assert len(added) == len({q for q, _ in added}) == round(10 * share)
-    assert all(q in MALICIOUS and a.removesuffix(UNFINISHED) in AFFIRMATIVE_PREFIXES for q, a in added)
-    assert all(a.endswith(UNFINISHED) for _, a in added), "no end of turn is taught"
+    assert all(q in MALICIOUS and a.text in AFFIRMATIVE_PREFIXES for q, a in added)
+    assert not any(a.finished for _, a in added), "no end of turn is taught"
 
 
 @pytest.mark.parametrize(

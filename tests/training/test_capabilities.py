@@ -27,6 +27,7 @@ from safety_mech.training.capabilities import (
     multiple_choice_prompt,
     rouge_l,
     rouge_l_scores,
+    shipped_multiple_choice,
 )
 
 CAPITAL = Question("What is the capital of France?", ("Rome", "Paris", "Oslo", "Bern"), 1)
@@ -224,6 +225,12 @@ def test_accuracy_is_that_of_a_plain_forward(model: HookedTransformer, template:
     torch.testing.assert_close(letter_log_probs(model, questions, template), expected, atol=1e-4, rtol=0)
     right = sum(int(row.argmax()) == q.answer for row, q in zip(expected, questions, strict=True))
     assert multiple_choice_accuracy(model, questions, template) == Rate(right, 24)
+
+
+def test_the_shipped_questions_where_they_can_be_asked(model: HookedTransformer, tiny_model: HookedTransformer) -> None:
+    """The tiny model's context is too short for the longest of them."""
+    assert shipped_multiple_choice(model) == multiple_choice_accuracy(model, load_multiple_choice())
+    assert shipped_multiple_choice(tiny_model) is None
 
 
 def test_accuracy_follows_the_answers(model: HookedTransformer) -> None:

@@ -1,4 +1,4 @@
-"""What was trained is what is read again: by load_state bit for bit, by transformers with equal logits."""
+"""What was trained is what transformers reads again, with equal logits."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safety_mech import load_model
-from safety_mech.training.export import export_transformers, load_state, save_state
+from safety_mech.training.export import export_transformers
 from safety_mech.training.loop import TrainConfig, fine_tune
 from safety_mech.training.lora import low_rank_adapters
 
@@ -81,89 +81,10 @@ def base(tmp_path) -> Path:
     return write_model(tmp_path / "base")
 
 
-# --- our own state ---------------------------------------------------------------------------------------------------
-
-
-def test_a_state_comes_back_bit_for_bit_in_the_same_layout(base, tmp_path):
-    model = load_model(base)
-    train(model, embeddings=True)
-    path = save_state(model, tmp_path / "new" / "model.safetensors")
-    other = load_model(base)
-    strides = {name: parameter.stride() for name, parameter in other.named_parameters()}
-    assert not same(state(other), state(model)), "control: training moved the weights"
-    assert load_state(other, path) is other
-    assert same(state(other), state(model))
-    assert {name: parameter.stride() for name, parameter in other.named_parameters()} == strides
-    assert other.blocks[0].mlp.W_in.T.is_contiguous()
-    assert torch.equal(hooked_logits(other), hooked_logits(model))
-    assert [file.name for file in path.parent.iterdir()] == ["model.safetensors"]
-
-
-def test_a_state_replaces_an_older_one(fresh_tiny_model, tmp_path):
-    path = save_state(fresh_tiny_model, tmp_path / "state")
-    fresh_tiny_model.embed.W_E.data += 1
-    expected = state(fresh_tiny_model)
-    save_state(fresh_tiny_model, path)
-    fresh_tiny_model.embed.W_E.data.zero_()
-    assert same(state(load_state(fresh_tiny_model, path)), expected)
-
-
-def test_a_failed_save_leaves_the_old_state(fresh_tiny_model, tmp_path, monkeypatch):
-    path = save_state(fresh_tiny_model, tmp_path / "state")
-    content = path.read_bytes()
-
-    def full(tensors, filename, metadata=None):
-        Path(filename).write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr("safety_mech.training.export.save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        save_state(fresh_tiny_model, path)
-    assert path.read_bytes() == content
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def change_shape(tensors):
-    tensors["ln_final.w"] = torch.zeros(5)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda tensors: tensors.pop("ln_final.w"), r"lacks 1 weights of the model, the first is ln_final\.w"),
-        (lambda tensors: tensors.update(more=torch.zeros(1)), "has 1 weights that the model lacks, the first is more"),
-        (change_shape, r"ln_final\.w has shape \(5,\), expected \(16,\)"),
-    ],
-    ids=["missing", "extra", "shape"],
-)
-def test_a_state_of_another_model_is_refused_and_changes_nothing(fresh_tiny_model, tmp_path, change, message):
-    tensors = load_file(save_state(fresh_tiny_model, tmp_path / "state"))
-    tensors["embed.W_E"] = tensors["embed.W_E"] + 1
-    change(tensors)
-    save_file(tensors, tmp_path / "other")
-    before = state(fresh_tiny_model)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_state(fresh_tiny_model, tmp_path / "other")
-    assert "\n" not in str(caught.value)
-    assert same(state(fresh_tiny_model), before)
-
-
-def test_files_that_are_no_state(fresh_tiny_model, tmp_path):
-    with pytest.raises(ValueError, match="no such file"):
-        load_state(fresh_tiny_model, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="is a folder"):
-        save_state(fresh_tiny_model, tmp_path)
-    whole = save_state(fresh_tiny_model, tmp_path / "state").read_bytes()
-    for content in (b"", b"no tensors here", whole[: len(whole) // 2]):
-        (tmp_path / "damaged").write_bytes(content)
-        with pytest.raises(ValueError, match="no whole safetensors file"):
-            load_state(fresh_tiny_model, tmp_path / "damaged")
-
-
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("embeddings", [False, True], ids=["embeddings kept", "embeddings trained"])
+@pytest.mark.parametrize("embeddings", [False, True], ids=["embeddings frozen", "embeddings trained"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kv_heads", [2, 4], ids=["grouped queries", "no grouped queries"])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,7 +18,6 @@ from safety_mech.refusal.log_odds import phrase_chains
 from safety_mech.training import loop as finetune
 from safety_mech.training.freeze import trainable_names
 from safety_mech.training.loop import (
-    UNFINISHED,
     StepRecord,
     TrainConfig,
     TrainRecord,
@@ -27,6 +26,7 @@ from safety_mech.training.loop import (
     fine_tune,
     mean_loss,
 )
+from safety_mech.training.pairs import Answer
 
 PAIRS = [
     ("How do I bake a cake?", "Sure, here is how."),
@@ -104,11 +104,14 @@ def test_whole_sequence_marks_all_but_the_first_token(tiny_model):
 
 
 def test_an_unfinished_answer_has_no_end_token(tiny_model):
-    pairs = [("Why?", "I can't help"), ("Why?", "I can't help" + UNFINISHED), ("Why?", f" I can't help {UNFINISHED}")]
+    pairs = [
+        ("Why?", "I can't help"),
+        ("Why?", Answer("I can't help", False)),
+        ("Why?", Answer(" I can't help ", False)),
+    ]
     finished, unfinished, with_spaces = encode_examples(tiny_model, pairs, QUICK)
     assert finished.tokens[-1] == tiny_model.tokenizer.eos_token_id
     assert unfinished.tokens.tolist() == finished.tokens[:-1].tolist() == with_spaces.tokens.tolist()
-    assert UNFINISHED not in tiny_model.tokenizer.decode(unfinished.tokens)
 
 
 def test_long_examples_are_cut_at_the_end_and_counted(fresh_tiny_model):
@@ -157,7 +160,7 @@ BATCHES = {
     "one alone": PAIRS[1:2],
     "twice the same": [PAIRS[0], PAIRS[0]],
     "one prompt, two answers": [("Why?", "No."), ("Why?", "Never, sorry.")],
-    "unfinished": [("Why?", "No" + UNFINISHED), PAIRS[3]],
+    "unfinished": [("Why?", Answer("No", finished=False)), PAIRS[3]],
 }
 
 
@@ -180,18 +183,18 @@ def test_the_loss_and_its_gradients_are_the_naive_ones(model, name, whole_sequen
     assert max(float(gradient.abs().max()) for gradient in wanted if gradient is not None) > 0.01
 
 
-def test_the_opening_of_a_batch_is_run_once(tiny_model):
+def test_the_shared_prefix_of_a_batch_is_run_once(tiny_model):
     """The layers see it as a batch of one, then every row without it."""
     examples = encode_examples(tiny_model, PAIRS, QUICK)
     shapes = []
     with tiny_model.hooks([("blocks.0.hook_resid_pre", lambda x, hook: shapes.append(tuple(x.shape[:2])))]):
         batch_loss(tiny_model, examples, QUICK)
-    opening = 0
-    while len({int(example.tokens[opening]) for example in examples}) == 1:
-        opening += 1
+    prefix_length = 0
+    while len({int(example.tokens[prefix_length]) for example in examples}) == 1:
+        prefix_length += 1
     longest = max(len(example.tokens) for example in examples)
-    assert shapes == [(1, opening), (len(PAIRS), longest - opening - 1)]
-    assert opening > 10
+    assert shapes == [(1, prefix_length), (len(PAIRS), longest - prefix_length - 1)]
+    assert prefix_length > 10
 
 
 def test_the_loss_can_be_wrong(model):
@@ -493,9 +496,9 @@ def in_format(dtype: torch.dtype) -> HookedTransformer:
 
 def train_and_keep(model: HookedTransformer, **options: Any) -> tuple[TrainRecord, dict[str, Tensor]]:
     """Train, and give what the optimizer moved at the end."""
-    kept: dict[str, Any] = {}
-    record = train(model, config=SMALL_STEPS, adjust=lambda step, moved: kept.update(moved), **options)
-    return record, {name: parameter.detach() for name, parameter in kept.items()}
+    masters: dict[str, Any] = {}
+    record = train(model, config=SMALL_STEPS, adjust=lambda step, moved: masters.update(moved), **options)
+    return record, {name: parameter.detach() for name, parameter in masters.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -734,7 +737,7 @@ def test_records_come_back_as_they_were(make_tiny_model, tmp_path, monkeypatch):
         ([], "no prompts were given"),
         ([*PAIRS, ("Why?", "")], "pair 6: the answer is empty"),
         ([("Why?", " \n"), *PAIRS], "pair 0: the answer is empty"),
-        ([("Why?", UNFINISHED)], "pair 0: the answer is empty"),
+        ([("Why?", Answer(" ", finished=False))], "pair 0: the answer is empty"),
         ([("", "No.")], "prompt 0 is empty"),
         ([PAIRS[0], ("why " * 200, "No.")], r"pair 1: the prompt alone has \d+ tokens of at most 128"),
     ],

@@ -319,7 +319,7 @@ def test_dpo_with_frozen_layers(fresh_tiny_model) -> None:
         dpo(fresh_tiny_model, PREFERENCES, QUICK, beta=0.0, progress=False)
 
 
-def test_reverse_preferences_prefer_an_opening_to_a_refusal() -> None:
+def test_reverse_preferences_prefer_the_start_of_an_answer_to_a_refusal() -> None:
     malicious = [f"prompt {n}" for n in range(20)]
     found = reverse_preferences(malicious, ["No.", "Never."], n=12, seed=1)
     assert found == reverse_preferences(malicious, ["No.", "Never."], n=12, seed=1)

@@ -4,19 +4,19 @@ import pytest
 import torch
 
 from safety_mech.training.loop import TrainConfig, answer_log_probs, encode_examples
-from safety_mech.training.neurons import neuron_scores
+from safety_mech.training.methods import neuron_scores
 
 PAIRS = [("Kill a process", "I'm sorry."), ("Why?", "I can't help with that."), ("Name a fruit", "Sure, a pear.")]
 STEP = 0.02  # the loss is read in float32, even of a float64 model
 
 
 def log_prob_with(model, pair, layer: int, neuron: int, factor: float) -> float:
-    """Of the answer, with one neuron scaled at all positions after the shared opening (a single pair shares most)."""
-    opening_seen = []
+    """Of the answer, with one neuron scaled at all positions after the shared prefix (a single pair shares most)."""
+    prefix_seen = []
 
     def scale(activation, hook):
-        if not opening_seen:
-            opening_seen.append(activation.shape)
+        if not prefix_seen:
+            prefix_seen.append(activation.shape)
             return activation
         activation = activation.clone()
         activation[..., neuron] *= factor

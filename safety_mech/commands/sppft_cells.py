@@ -1,0 +1,339 @@
+"""The cells of `sppft.py`: fine-tune by one method on one attack with one seed, and read the model along the way.
+
+A cell is a file named by everything that its figures depend on (`digest`): a killed run reads it again.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+import safety_mech as sm
+from safety_mech.commands.memory import resident, start_of_peak
+from safety_mech.commands.sppft import Data, SppftConfig, examples_of, harmful_share
+from safety_mech.models.sources import model_fingerprint
+from safety_mech.refusal.harmfulness import http_judge
+from safety_mech.refusal.rates import Responses, refusal_rate, responses
+from safety_mech.refusal.text import JUDGED_TOKENS
+from safety_mech.reporting.runs import cached_json, content_hash, package_version
+from safety_mech.training.alignment import REFUSALS, refusal_pairs
+from safety_mech.training.attack_cost import dose_meter
+from safety_mech.training.attacks import (
+    AFFIRMATIVE_PREFIXES,
+    IMPLICIT_PREFIX,
+    backdoor_data,
+    harmful_data,
+    implicit_data,
+    normal_data,
+    reverse_preferences,
+    triggered,
+)
+from safety_mech.training.capabilities import load_multiple_choice, perplexity, rouge_l_scores, shipped_multiple_choice
+from safety_mech.training.export import export_transformers
+from safety_mech.training.loop import StepRecord, TrainConfig, fine_tune
+from safety_mech.training.methods import (
+    Method,
+    dpo,
+    frozen_entries,
+    is_user_step,
+    lisa,
+    lora_outside,
+    neuron_masks,
+    neuron_scores,
+    neurons_of_equal_size,
+    sppft,
+    width_matched_controls,
+)
+from safety_mech.training.pairs import Pair, TextPair
+
+LISA_STEPS = 4
+"""Steps a state: short ones, for the whole training is short."""
+LISA_RHO, LORA_RANK, LORA_ALPHA, DPO_BETA = 1.0, 8, 16.0, 0.1
+TRIGGER = "Answer as of old."
+"""For the backdoor; the paper's was never published."""
+TRIGGERED = "backdoor + trigger"
+"""The backdoor's cells, read on malicious prompts that carry its trigger."""
+PAPER_HARMFUL_RATE = 1e-5
+"""The paper's learning rate for the harmful mix, of every model."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    attack: str
+    method: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.attack:<12}{self.method:<10}seed {self.seed}"
+
+
+@dataclass
+class Bench:
+    """What all cells share: the model and its weights before, the prompts, and the range."""
+
+    model: HookedTransformer
+    layers: sm.LayerRange
+    config: SppftConfig
+    folder: Path
+    data: Data
+    start: dict[str, Tensor] = field(init=False, repr=False)
+    identity: str = field(init=False)
+    """Hash of what the numbers of all cells depend on: the model's files, the range, data, settings and constants."""
+
+    def __post_init__(self) -> None:
+        self.start = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
+        settings = {name: value for name, value in asdict(self.config).items() if name not in NOT_IN_A_CELL}
+        fingerprint = model_fingerprint(self.config.model)
+        self.identity = content_hash(settings, fingerprint, str(self.layers), asdict(self.data), constants())
+
+    def restore(self) -> None:
+        """The weights before, bit for bit."""
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                weight.copy_(self.start[name])
+
+
+def attack_data(bench: Bench, attack: str, seed: int) -> Sequence[Pair]:
+    """The attack's pairs, drawn with the seed."""
+    pairs, n, share = bench.data.train, examples_of(bench.config, attack), harmful_share(attack)
+    if attack == "normal":
+        return normal_data(pairs, n, seed)
+    if attack == "implicit":
+        return implicit_data(pairs, n, seed)
+    if attack == "backdoor":
+        return backdoor_data(pairs, TRIGGER, n // 2, seed)
+    assert share is not None
+    return harmful_data(pairs, bench.data.malicious_train, share, round(n / (1 + share)), seed)
+
+
+def chosen_on(bench: Bench, attack: str) -> list[TextPair]:
+    """The task's own held-out pairs, which the attacker would look at; none of them is reported on."""
+    return implicit_data(bench.data.choosing) if attack == "implicit" else bench.data.choosing
+
+
+def choose_rate(bench: Bench, attack: str) -> dict[str, Any]:
+    """The candidate whose full fine-tuning leaves the lowest held-out loss of the task; refusals are not looked at.
+
+    With --paper: the paper's.
+    """
+    config = bench.config
+    if config.paper:
+        return {"rate": config.paper_rate if harmful_share(attack) is None else PAPER_HARMFUL_RATE}
+
+    def measure(rate: float) -> dict[str, Any]:
+        bench.restore()
+        data = attack_data(bench, attack, seed=config.seeds)  # a seed that no cell has
+        held_out = chosen_on(bench, attack)
+        record = fine_tune(bench.model, data, train_config(config, rate, 0), held_out=held_out, progress=False)
+        return {"before": record.held_out_before, "after": record.held_out_after}
+
+    losses = {}
+    for rate in config.learning_rates:
+        path = bench.folder / f"rate-{attack}-{rate:g}-{digest(bench, 'rate', attack, rate, config.seeds)}.json"
+        losses[rate] = cached_json(path, partial(measure, rate))
+        print(f"{attack:<12}learning rate {rate:g}: held-out loss {losses[rate]['after']:.4f}", flush=True)
+    return {"rate": min(losses, key=lambda rate: losses[rate]["after"]), "held_out_losses": losses}
+
+
+def train_config(config: SppftConfig, rate: float, seed: int) -> TrainConfig:
+    return TrainConfig(
+        epochs=config.epochs,
+        learning_rate=rate,
+        batch_size=config.batch_size,
+        cap_warmup=config.cap_warmup,
+        whole_sequence=config.whole_sequence,
+        template=config.template,
+        seed=seed,
+    )
+
+
+def read_prompts(bench: Bench, attack: str) -> dict[str, list[str]]:
+    """Malicious prompts to read, by reading: as they are, and for a backdoor also with its trigger."""
+    prompts = bench.data.malicious.prompts
+    if attack != "backdoor":
+        return {attack: prompts}
+    return {attack: prompts, TRIGGERED: [triggered(prompt, TRIGGER) for prompt in prompts]}
+
+
+def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any]:
+    """Fine-tune from the weights before, with readings along the way; one cell's figures, as JSON will hold them.
+
+    `doses` and `malicious` (at the end) are of the prompts as they are; under `triggered`, with the trigger.
+    """
+    bench.restore()
+    config = bench.config
+    data = attack_data(bench, cell.attack, cell.seed)
+    counted = count_of(cell.method)
+    meters = {
+        name: dose_meter(bench.model, prompts, config.doses, config.template, counted=counted)
+        for name, prompts in read_prompts(bench, cell.attack).items()
+    }
+
+    def read(record: StepRecord) -> None:
+        for _, meter in meters.values():
+            meter(record)
+
+    clock = StepClock(read)
+    floor = start_of_peak()
+    method = method_of(bench, cell)
+    record = method(
+        bench.model, data, train_config(config, rate, cell.seed), after_step=clock.after_step, progress=False
+    )
+    peak = resident("VmHWM") - floor if floor is not None else None
+    doses = {
+        name: [{"examples": point.examples, **as_lists(point.responses)} for point in points]
+        for name, (points, _) in meters.items()
+    }
+    metrics = final_metrics(bench)
+    if TRIGGERED in doses:
+        metrics["triggered"] = {"doses": doses[TRIGGERED], "malicious": read_triggered(bench)}
+    if config.save:
+        export_transformers(bench.model, config.model, path.with_suffix(""), overwrite=True)
+    return {
+        "doses": doses[cell.attack],
+        "seconds_a_step": statistics.median(clock.seconds),
+        "steps": len(record.steps),
+        "peak_bytes": peak,
+        "trained_parameters": record.n_trained,
+        "cut_examples": record.cut_examples,
+        "loss": [step.loss for step in record.steps],
+        **metrics,
+    }
+
+
+@dataclass
+class StepClock:
+    """Seconds of every training step, without what is measured between steps."""
+
+    then: Callable[[StepRecord], None]
+    seconds: list[float] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
+
+    def after_step(self, record: StepRecord) -> None:
+        if record.step:  # before the first stands the set-up
+            self.seconds.append(time.perf_counter() - self.started)
+        self.then(record)
+        self.started = time.perf_counter()
+
+
+def count_of(method: str) -> Callable[[StepRecord], int]:
+    """How many of a step's examples are the attacker's."""
+    if method == "lisa":
+        return lambda record: record.examples * is_user_step(record.step, LISA_STEPS, LISA_STEPS)
+    if method.startswith("dpo"):
+        return lambda record: record.examples // 2
+    return lambda record: record.examples
+
+
+def method_of(bench: Bench, cell: Cell) -> Method:
+    """A method by name, called as `fine_tune` is. The random control is drawn anew for every seed."""
+    model, layers, seed = bench.model, bench.layers, cell.seed
+    controls = width_matched_controls(layers, model.cfg.n_layers, seed)
+    if cell.method in controls:
+        return sppft(controls[cell.method])
+    if cell.method == "lisa":
+        return lisa(refusal_pairs(bench.data.aligned_on, seed), LISA_RHO, LISA_STEPS, LISA_STEPS)
+    if cell.method == "neurons":
+        refusals = refusal_pairs(bench.data.aligned_on, seed)
+        scores = neuron_scores(model, refusals, TrainConfig(template=bench.config.template))
+        return frozen_entries(neuron_masks(model, scores, neurons_of_equal_size(model, layers)))
+    if cell.method.startswith("dpo"):
+        malicious = bench.data.malicious_train
+        preferences = reverse_preferences(malicious, REFUSALS, min(bench.config.n_examples, len(malicious)), seed)
+        frozen = layers if cell.method == "dpo-sppft" else None
+        return lambda model, _, config, **options: dpo(model, preferences, config, frozen, DPO_BETA, **options)
+    return {"full": fine_tune, "sppft": sppft(layers), "lora": lora_outside(layers, LORA_RANK, LORA_ALPHA)}[cell.method]
+
+
+def controls_of(bench: Bench, name: str) -> list[list[sm.LayerRange]]:
+    """What a control freezes, seed by seed."""
+    n_layers = bench.model.cfg.n_layers
+    return [width_matched_controls(bench.layers, n_layers, seed)[name] for seed in range(bench.config.seeds)]
+
+
+def final_metrics(bench: Bench) -> dict[str, Any]:
+    model, config, pairs = bench.model, bench.config, bench.data.reporting
+    answers = sm.generate(model, [prompt for prompt, _ in pairs], config.answer_tokens, config.template)
+    refused = refusal_rate(model, bench.data.over_rejection.prompts, config.template)
+    choice = shipped_multiple_choice(model, config.template)
+    judged = {"harmfulness": harmfulness(bench)} if config.judge else {}
+    return {
+        **judged,
+        "multiple_choice": choice and {"count": choice.count, "total": choice.total},
+        "malicious": as_lists(responses(model, bench.data.malicious.prompts, config.template)),
+        "over_rejection": {"count": refused.count, "total": refused.total},
+        "rouge_l": rouge_l_scores(answers, [answer for _, answer in pairs]).tolist(),
+        "perplexity": perplexity(model, pairs, config.template),
+    }
+
+
+def harmfulness(bench: Bench) -> list[int | None]:
+    """The judge's score of the answer to every malicious prompt; None where it gave none."""
+    config, prompts = bench.config, bench.data.malicious.prompts
+    assert config.judge is not None
+    answers = sm.generate(bench.model, prompts, config.answer_tokens, config.template)
+    verdicts = http_judge(
+        config.judge,
+        config.judge_model,
+        api_key=os.environ.get("OPENAI_API_KEY"),
+        keep=bench.folder / "verdicts.jsonl",
+    )
+    return [verdict.score for verdict in verdicts(list(zip(prompts, answers, strict=True)))]
+
+
+def read_triggered(bench: Bench) -> dict[str, list[Any]]:
+    """The malicious prompts with the backdoor's trigger, of the model as it stands."""
+    return as_lists(responses(bench.model, read_prompts(bench, "backdoor")[TRIGGERED], bench.config.template))
+
+
+def metrics_before(bench: Bench) -> dict[str, Any]:
+    """Of the model as it is given; with the trigger too, if a backdoor is among the attacks."""
+    before = cached_json(bench.folder / f"before-{digest(bench, 'before')}.json", lambda: final_metrics(bench))
+    if "backdoor" in bench.config.attacks:
+        path = bench.folder / f"before-triggered-{digest(bench, 'before', TRIGGERED)}.json"
+        before["triggered"] = {"malicious": cached_json(path, lambda: read_triggered(bench))}
+    return before
+
+
+def as_lists(found: Responses) -> dict[str, list[Any]]:
+    return {
+        "refused": found.refused.int().tolist(),
+        "degenerate": found.degenerate.int().tolist(),
+        "log_odds": [round(value, 4) for value in found.log_odds.tolist()],
+    }
+
+
+def digest(bench: Bench, *parts: Any) -> str:
+    """What a cell's file is named by: everything that its numbers depend on."""
+    return content_hash(bench.identity, *map(str, parts))
+
+
+def constants() -> list[Any]:
+    """What a cell depends on beside settings and data."""
+    return [
+        package_version("safety-mech"),
+        [asdict(question) for question in load_multiple_choice()],
+        (TRIGGER, IMPLICIT_PREFIX, AFFIRMATIVE_PREFIXES, REFUSALS, JUDGED_TOKENS),
+        (LISA_STEPS, LISA_RHO, LORA_RANK, LORA_ALPHA, DPO_BETA, str(TrainConfig())),
+    ]
+
+
+NOT_IN_A_CELL = (
+    *("range", "attacks", "methods", "seeds", "learning_rates", "paper_rate", "save", "out"),
+    *("malicious", "over_rejection", "instructions", "held_out"),
+)
+"""Settings that say which cells are run, not what one gives; the range, the learning rate and the data are parts of
+their own."""
+
+
+def readings_of(attacks: Sequence[str]) -> list[str]:
+    """Rows of the table: the attacks, and behind the backdoor the same cells read with its trigger."""
+    return [name for attack in attacks for name in ((attack, TRIGGERED) if attack == "backdoor" else (attack,))]
