@@ -1,7 +1,7 @@
 """With the base model at hand: how much each layer's weights moved, and its layers put back one range at a time.
 
-Both need the model before alignment, which a user of somebody else's model seldom has: they are references for the
-locators that do without it.
+Both need the model before alignment, which users of a published model seldom have. They are references for the
+locators that do without it (docs/method.md#locators).
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,7 +70,7 @@ def swap_losses(
     template: str | Template = "own",
     phrases: Sequence[str] = REFUSAL_PHRASES,
 ) -> Float[Tensor, "prompt layer"]:
-    """What every prompt's refusal log-odds (nats) lose when one layer is the base's; prefixes kept (METHOD 5).
+    """What every prompt's refusal log-odds (nats) lose when one layer is the base's; shared prefixes are cached.
 
     A layer that is the base's to the last bit loses nothing, and is not run.
     """
