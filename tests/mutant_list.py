@@ -37,7 +37,7 @@ MUTANTS = (
         "package",
     ),
     # adapters
-    Mutant("adapter_ignores_scaling", "lora.py", "threshold", "partial(scale_of, weight)", "lambda: 1.0"),
+    Mutant("adapter_ignores_scaling", "lora.py", "threshold", "self.scale * self.multiplier", "self.scale"),
     Mutant("adapter_hooks_stay", "lora.py", "undo", "stack.callback(handle.remove)", "stack.callback(bool)"),
     Mutant("adapter_heads_mixed", "lora.py", "axis", 'pos (head d_head)"', 'pos (d_head head)"'),
     Mutant("adapter_bound_by_rank", "lora.py", "axis", "math.sqrt(update.A.shape[1])", "math.sqrt(update.A.shape[0])"),
@@ -153,7 +153,7 @@ MUTANTS = (
         "malicious.double().mean(0) - normal.double().mean(0)",
         "normal.double().mean(0) - malicious.double().mean(0)",
     ),
-    Mutant("auc_of_ties", "directions.py", "threshold", "0.5 * (difference == 0)", "1.0 * (difference == 0)"),
+    Mutant("auc_of_pairs", "directions.py", "threshold", "(len(normal) * len(malicious))", "len(normal) ** 2"),
     Mutant(
         "direction_of_held_out",
         "directions.py",
@@ -551,7 +551,7 @@ MUTANTS = (
     Mutant("infinity_written", "runs.py", "bound", "if math.isfinite(value) else", "if not math.isnan(value) else"),
     Mutant("hash_by_order", "runs.py", "order", "json.dumps(parts, sort_keys=True)", "json.dumps(parts)"),
     # scaling
-    Mutant("scale_not_reset", "scaling.py", "undo", "set_scale(weight, scale)", "pass", "scaling adapters"),
+    Mutant("scale_not_reset", "scaling.py", "undo", "update.multiplier = multiplier", "pass"),
     Mutant("bias_scaled", "scaling.py", "undo", "(activation - bias) * alpha + bias", "activation * alpha"),
     Mutant("positions_for_heads", "scaling.py", "axis", "((1, positions), (2, heads))", "((2, positions), (1, heads))"),
     Mutant("head_outside", "scaling.py", "bound", "0 <= head < model.cfg.n_heads", "0 <= head <= model.cfg.n_heads"),

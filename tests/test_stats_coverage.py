@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from safety_mech import LayerRange
-from safety_mech.divergence.angles import angle_matrix, gap_curve, gap_difference
+from safety_mech.divergence.angles import gap_curve, gap_difference
+from safety_mech.divergence.resampling import angle_matrix
 from safety_mech.stats import Estimate, correlation, mean_estimate, mean_pairwise_iou, slope
 
 N, D = 30, 6

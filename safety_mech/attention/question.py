@@ -1,10 +1,10 @@
-"""Where the last token looks in the question, layer by layer (paper §3.6, A.5).
+"""Where the last token looks in the question, layer by layer (paper §3.6, A.5; docs/method.md#attention-stages).
 
 The paper's picture: attention from the last token of the prompt to every token of the question, averaged over heads,
 one row a layer, min-max scaled per row, with the short Alpaca template. The question's tokens are found from the
 template (chat.py), never by a fixed index.
 
-Attention says where a layer reads from, not what it makes of it: a picture, no proof of a mechanism.
+Attention shows where a layer reads, and not what it computes from it; it does not prove a mechanism.
 """
 
 from collections.abc import Sequence
@@ -59,9 +59,9 @@ def question_attention(
 ) -> list[QuestionAttention]:
     """Attention of the last token over the question in every layer, of every prompt: mean over heads, or one `head`.
 
-    1. put prompts into the template; run the tokens they all start with once, keep their keys and values;
+    1. put prompts into the template; run the tokens they all start with once, and cache their keys and values;
     2. run the rest in batches of equal length; one hook a layer copies the pattern's last row at the question's
-       tokens. Rows of the pattern are the positions that are run, its columns ALL positions, the opening's too.
+       tokens. Rows of the pattern are the positions that are run, its columns ALL positions, the shared prefix's too.
 
     Memory: layers x question tokens a prompt, plus one batch's pattern in one layer.
     `share_prefix=False` runs every prompt whole: for hooks of your own that need all positions.
@@ -72,7 +72,7 @@ def question_attention(
         raise ValueError(f"head {head}: the model has heads 0 to {model.cfg.n_heads - 1}; None takes their mean")
     chats = encode_chat(tokenizer_of(model), prompts, template)
     check_context(chats, model.cfg.n_ctx)
-    kept = [torch.empty(model.cfg.n_layers, len(chat.question)) for chat in chats]
+    found = [torch.empty(model.cfg.n_layers, len(chat.question)) for chat in chats]
     rows: list[int] = []
 
     def keep_last_row(pattern: Float[Tensor, "prompt head pos all_pos"], hook: HookPoint) -> None:
@@ -81,21 +81,21 @@ def question_attention(
         _check_attends(last, hook.layer(), rows)
         for index, weights in zip(rows, last.cpu(), strict=True):
             question = chats[index].question
-            kept[index][hook.layer()] = weights[question.start : question.stop]
+            found[index][hook.layer()] = weights[question.start : question.stop]
 
     bar = tqdm(total=len(chats), desc="attention", unit="prompt", disable=not progress)
     with torch.no_grad(), bar:
-        opening = common_prefix(model, chats, share_prefix)
+        prefix = common_prefix(model, chats, share_prefix)
         hooks: Hooks = [(f"blocks.{layer}.attn.hook_pattern", keep_last_row) for layer in range(model.cfg.n_layers)]
         with model.hooks(fwd_hooks=hooks):
-            for rows in equal_length_batches([len(chat) - len(opening) for chat in chats], batch_tokens):
-                tokens = stack_rest(model, chats, rows, len(opening))
-                run_blocks(model, embed(model, tokens, len(opening)), cache=opening.cache_for(len(rows)))
+            for rows in equal_length_batches([len(chat) - len(prefix) for chat in chats], batch_tokens):
+                tokens = stack_rest(model, chats, rows, len(prefix))
+                run_blocks(model, embed(model, tokens, len(prefix)), cache=prefix.cache_for(len(rows)))
                 bar.update(len(rows))
     shape = resolve_template(tokenizer_of(model), template)
     return [
         _with_text(tokenizer_of(model), shape, prompt.strip(), chat, weights)
-        for prompt, chat, weights in zip(prompts, chats, kept, strict=True)
+        for prompt, chat, weights in zip(prompts, chats, found, strict=True)
     ]
 
 

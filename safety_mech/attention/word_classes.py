@@ -1,22 +1,22 @@
 """Which kind of words the last token attends to: function words or content words (paper §3.6).
 
-The paper's claim, from pictures of single prompts: before the safety layers attention is on syntactic words, after
-them on key phrases. Here it is a number over many prompts: the share of the question's attention that falls on
+The paper claims, from pictures of single prompts, that attention is on syntactic words before the safety layers and on
+key phrases after them. Here it is a number over many prompts, the share of the question's attention that falls on
 
 - function words: the closed list below. Determiners and quantifiers, pronouns, question words, prepositions and
   particles, conjunctions, all forms of be, have and do (also as main verbs), modals, "not"; and their contractions;
 - content words: every other word, numbers among them;
 - punctuation: tokens that are part of no word.
 
-A word may be several tokens ("crip" + "ple", "neighbour" + "'s"); its attention is their sum. Four things to mind:
+A word may be several tokens ("crip" + "ple", "neighbour" + "'s"); its attention is their sum. Four caveats:
 
 - Shares depend on how many tokens a kind has: compare with `uniform`, what equal attention to every token would give.
 - The question's first token often draws attention whatever it says: its share is reported (`first`), and
   `skip_first` leaves it out of shares and `uniform` alike. By default it counts as the word it belongs to.
 - Some words are attention sinks, looked at whatever the question is about (in layers 3 to 10 of SmolLM2-135M the
   first "the" takes some 80 % where there is one): `skip_words` leaves words out in the same way.
-- Places differ: many questions begin with function words and end in content words and a mark. A layer that simply
-  reads what stands nearest to the end therefore shows as one that reads content words.
+- Many questions begin with function words and end in content words and a mark. A layer that reads whatever is nearest
+  to the end therefore looks like one that reads content words.
 """
 
 import re
@@ -155,15 +155,15 @@ def _shares(
 ) -> tuple[Tensor, ...]:
     weights = attention.weights.double()
     kinds = torch.zeros(weights.shape[1], len(KINDS), dtype=torch.float64)
-    kept = torch.ones(weights.shape[1], dtype=torch.bool)
-    kept[0] = not skip_first
+    counted = torch.ones(weights.shape[1], dtype=torch.bool)
+    counted[0] = not skip_first
     for word in split_words(attention.prompt, attention.spans):
         kinds[list(word.tokens), KINDS.index(word.kind)] = 1.0
         if word.text.lower() in skip_words:
-            kept[list(word.tokens)] = False
+            counted[list(word.tokens)] = False
     question = weights.sum(dim=1)
     first = weights[:, 0] / question
-    weights, kinds = weights[:, kept], kinds[kept]
+    weights, kinds = weights[:, counted], kinds[counted]
     total = weights.sum(dim=1, keepdim=True)
     if not (total > 0).all():
         raise ValueError(f"prompt {number}, {attention.prompt[:60]!r}: no attention is left to share out")

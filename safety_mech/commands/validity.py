@@ -23,8 +23,9 @@ from transformer_lens import HookedTransformer
 
 import safety_mech as sm
 from safety_mech.commands.cells import base_of
-from safety_mech.divergence.angles import GapStatistic, Statistic, angle_matrix, chosen, labelled_gaps
+from safety_mech.divergence.angles import GapStatistic, chosen
 from safety_mech.divergence.controls import Matched, match_prompts, single_topics, topic_halves
+from safety_mech.divergence.resampling import Statistic, angle_matrix, labelled_gaps
 from safety_mech.models.chat import check_template_name, encode_chat, tokenizer_of
 from safety_mech.models.sources import find_source
 from safety_mech.prompts import prompt_hash, shipped_rows

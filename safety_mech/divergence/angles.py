@@ -1,10 +1,10 @@
-"""How far malicious prompts part from normal ones, layer by layer (paper §3.2, §3.3): pure tensor maths.
+"""How far malicious prompts part from normal ones, layer by layer (paper §3.2, §3.3; docs/method.md#gap): tensor maths.
 
     angle(x, y)   = arccos of the cosine of two last-token residual streams, in degrees
     gap_k         = NM - NN: mean angle of normal-malicious pairs minus that of normal-normal pairs, at layer k
     symmetric_k   = NM - (NN + MM) / 2
 
-All pairs are used, for they cost one matrix product; with `r`, the cosines and angles of the three kinds of pairs come
+All pairs are used, for they cost one matrix product. With `r`, the cosines and angles of the three kinds of pairs come
 from r sampled pairs of each, as the paper's do (500). Angles are computed in float64: near 0 degrees the cosine is
 1 - angle^2 / 2, and float32 would lose the angle.
 
@@ -13,21 +13,21 @@ times as wide, have a gap of 7 degrees. The symmetric statistic does not change 
 the gap where NN = MM, and is half the energy distance of the two sets (Székely and Rizzo 2013). Unequal spread alone
 leaves about a tenth of it: 0.4 to 1 degree in the example.
 
-Uncertainty is over PROMPTS, not over pairs: pairs share prompts, so the pairs' own spread would give intervals
-many times too narrow.
+Uncertainty is over PROMPTS. Pairs share prompts, so an interval over pairs would be many times too narrow.
 
 - Bootstrap: prompts are drawn with replacement, as multinomial weights w. A pair of two copies of one prompt has
   angle 0 and says nothing about pairs of different prompts; it is left out: mean_NN = w'Aw / (1 - sum w_i^2). With
   topics (clusters of prompts) known, whole topics are drawn; pairs within a topic count once for each of its copies,
   pairs between two copies of it are left out.
-- Permutation test of "no gap": labels are exchanged over all prompts, or, for matched twins, within each pair;
+- Permutation test of "no gap": labels are exchanged over all prompts, or within each contrastive pair;
   p = (1 + number of permuted gaps >= observed) / (1 + permutations), one-sided. `p_any` corrects for looking at
   all layers, by the largest studentised gap of each permutation.
 - Mirror test of "one place", for the symmetric statistic. Under unequal spread labels are not exchangeable: with equal
   mean directions and M 1.5 times as wide, the permutation test of the symmetric statistic rejects in 94 % of cases
   (50 + 50 prompts, 24 dimensions). So both sets are moved to one mean direction, each with its own spread, and prompts
-  are reflected through the centre of their set at random (a wild bootstrap; twins are reflected together). The mean of
-  these draws is what spread alone makes of the statistic. It rejects in 0 to 8 % there, in 2 to 300 dimensions.
+  are reflected through the centre of their set at random (a wild bootstrap; the two prompts of a contrastive pair
+  together). The mean of these draws is what spread alone makes of the statistic. The test rejects in 0 to 8 % of such
+  cases, in 2 to 300 dimensions.
 
 Both tests are over prompts, whatever the bootstrap draws: they ask about these topics, not about topics in general.
 """
@@ -40,11 +40,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from safety_mech.stats import percentiles, resampled_counts
+from safety_mech.divergence.resampling import (
+    Angles,
+    Statistic,
+    angle_matrix,
+    bootstrap_means,
+    count_distinct,
+    labelled_means,
+    mirrored_means,
+    permuted_labels,
+    prompt_numbers,
+)
+from safety_mech.stats import percentiles
 
-Angles = Float[Tensor, "layer prompt prompt"]
-Statistic = Literal["paper", "symmetric"]
-"""paper: NM - NN. symmetric: NM - (NN + MM) / 2."""
 STATISTICS: tuple[Statistic, ...] = ("paper", "symmetric")
 Unit = Literal["prompts", "topics"]
 
@@ -140,13 +148,13 @@ def gap_curve(
 ) -> GapCurve:
     """Cosines, angles, gap and symmetric gap of every layer, with bootstrap intervals and tests over prompts.
 
-    `paired`: row i of both sets are twins (METHOD 7). A prompt is never compared with its own twin, twins are
-    resampled together, and labels are exchanged within twins.
+    `paired`: row i of both sets is a contrastive pair. Its two prompts are never compared with each other, they are
+    resampled together, and labels are exchanged within the pair.
     `normal_clusters`, `malicious_clusters`: the topic of each prompt; the bootstrap then draws whole topics. Both or
-    none; normal and malicious topics are drawn apart, but for twins, whose topics must be the same.
+    none; normal and malicious topics are drawn apart, except for contrastive pairs, whose topics must be the same.
     `r`: cosines and angles from r sampled pairs of each kind, as in the paper. Gap, interval and p-values are of all
     pairs; `GapCurve.sampled_gap` is that of the sampled ones.
-    Raises ValueError for fewer than three prompts or topics a set, unequal twins, or a residual stream of zero length.
+    Raises ValueError for fewer than three prompts or topics a set, unequal pairs, or a residual stream of zero length.
     """
     _check_sets(normal, malicious, paired)
     if min(bootstrap, permutations) < 1 or not 0 < level < 1 or (r is not None and r < 2):
@@ -156,12 +164,12 @@ def gap_curve(
     n, m = len(normal), len(malicious)
     topics = _topic_numbers(n, m, normal_clusters, malicious_clusters, paired)
     angles = angle_matrix(torch.cat([normal, malicious]))
-    stats = _pair_stats(angles, n, _twins(n, m, paired), r, torch.Generator().manual_seed(seed))
+    stats = _pair_stats(angles, n, _own_pairs(n, m, paired), r, torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed)
-    drawn = _bootstrap_means(angles, topics, n, paired, bootstrap, generator)
-    observed = _labelled_means(angles, (torch.arange(n + m) < n)[None].double(), paired)
-    permuted = _labelled_means(angles, _permuted_labels(n, m, paired, permutations, generator), paired)
-    mirrored = _mirrored_means(normal, malicious, paired, permutations, generator)
+    drawn = bootstrap_means(angles, topics, n, paired, bootstrap, generator)
+    observed = labelled_means(angles, (torch.arange(n + m) < n)[None].double(), paired)
+    permuted = labelled_means(angles, permuted_labels(n, m, paired, permutations, generator), paired)
+    mirrored = mirrored_means(normal, malicious, paired, permutations, generator)
     paper = _tested(observed.paper, drawn.paper, permuted.paper, level)
     symmetric = _tested(observed.symmetric, drawn.symmetric, mirrored.symmetric, level)
     return GapCurve(
@@ -173,7 +181,7 @@ def gap_curve(
         level=level,
         seed=seed,
         resampled="prompts" if normal_clusters is None else "topics",
-        n_resampled=(_count(topics[:n]), _count(topics[n:])),
+        n_resampled=(count_distinct(topics[:n]), count_distinct(topics[n:])),
         r=r,
     )
 
@@ -233,7 +241,9 @@ def _check_sets(normal: Tensor, malicious: Tensor, paired: bool) -> None:
     if min(len(normal), len(malicious)) < 3:
         raise ValueError(f"{len(normal)} normal and {len(malicious)} malicious prompts: expected at least 3 of each")
     if paired and len(normal) != len(malicious):
-        raise ValueError(f"paired: {len(normal)} normal and {len(malicious)} malicious prompts are not twins")
+        raise ValueError(
+            f"paired: {len(normal)} normal and {len(malicious)} malicious prompts are not contrastive pairs"
+        )
 
 
 def _topic_numbers(
@@ -243,23 +253,20 @@ def _topic_numbers(
     malicious: Sequence[Hashable] | None,
     paired: bool,
 ) -> Int[Tensor, " prompt"]:
-    """What the bootstrap draws, numbered 0, 1, ..., of normal prompts, then of malicious ones; twins have the same."""
+    """What the bootstrap draws, numbered 0, 1, ...: of normal prompts, then malicious ones. A pair has one number."""
     if normal is None and malicious is None:
-        return _prompt_numbers(n, m, paired)
+        return prompt_numbers(n, m, paired)
     if normal is None or malicious is None:
         raise ValueError("topics of one set only: expected normal_clusters and malicious_clusters, or none")
     if (len(normal), len(malicious)) != (n, m):
         raise ValueError(f"topics of {len(normal)} normal and {len(malicious)} malicious prompts: expected {n} and {m}")
     if paired and list(normal) != list(malicious):
-        raise ValueError("paired: expected twins to have the same topic")
+        raise ValueError("paired: expected contrastive pairs to have the same topic")
     of_n, of_m = (_numbered(clusters) for clusters in (normal, malicious))
-    if min(_count(of_n), _count(of_m)) < 3:
-        raise ValueError(f"{_count(of_n)} normal and {_count(of_m)} malicious topics: expected at least 3 of each")
-    return torch.cat([of_n, of_m if paired else of_m + _count(of_n)])
-
-
-def _prompt_numbers(n: int, m: int, paired: bool) -> Int[Tensor, " prompt"]:
-    return torch.arange(n).repeat(2) if paired else torch.arange(n + m)
+    topics_n, topics_m = count_distinct(of_n), count_distinct(of_m)
+    if min(topics_n, topics_m) < 3:
+        raise ValueError(f"{topics_n} normal and {topics_m} malicious topics: expected at least 3 of each")
+    return torch.cat([of_n, of_m if paired else of_m + topics_n])
 
 
 def _numbered(clusters: Sequence[Hashable]) -> Int[Tensor, " prompt"]:
@@ -267,54 +274,20 @@ def _numbered(clusters: Sequence[Hashable]) -> Int[Tensor, " prompt"]:
     return torch.tensor([numbers[cluster] for cluster in clusters])
 
 
-def _count(numbers: Int[Tensor, " prompt"]) -> int:
-    return len(numbers.unique())
-
-
-def angle_matrix(residuals: Float[Tensor, "prompt layer d_model"]) -> Angles:
-    """Angle in degrees between every two prompts at every layer, in float64; 0 on the diagonal.
-
-    Raises ValueError (naming layer and prompt) for a residual stream that is not finite or has no length.
-    """
-    norms = residuals.double().norm(dim=-1).T
-    bad = (~(norms.isfinite() & (norms > 0))).nonzero()
-    if len(bad):
-        layer, prompt = bad[0].tolist()
-        raise ValueError(
-            f"residual stream of prompt {prompt} (normal prompts first, then malicious) at layer {layer} has no "
-            "direction: it is zero or not finite"
-        )
-    return _angles(residuals)
-
-
-def _angles(vectors: Float[Tensor, "prompt layer d_model"]) -> Angles:
-    unit = _unit(vectors).transpose(0, 1)
-    cosine = (unit @ unit.transpose(1, 2)).clamp(-1.0, 1.0)
-    angles = torch.rad2deg(torch.arccos(cosine))
-    angles.diagonal(dim1=1, dim2=2).zero_()
-    return angles
-
-
-def _unit(vectors: Float[Tensor, "*rest d_model"]) -> Float[Tensor, "*rest d_model"]:
-    """Directions, in float64; 0 stays 0, at 90 degrees to all others."""
-    vectors = vectors.double()
-    return vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(1e-300)
-
-
-def _twins(n: int, m: int, paired: bool) -> Bool[Tensor, "normal malicious"]:
+def _own_pairs(n: int, m: int, paired: bool) -> Bool[Tensor, "normal malicious"]:
     return torch.eye(n, dtype=torch.bool) if paired else torch.zeros(n, m, dtype=torch.bool)
 
 
 def _pair_stats(
     angles: Angles,
     n: int,
-    own_twin: Bool[Tensor, "normal malicious"],
+    own_pair: Bool[Tensor, "normal malicious"],
     r: int | None,
     generator: torch.Generator,
 ) -> tuple[PairStats, PairStats, PairStats]:
     m = angles.shape[1] - n
     nn, mm = torch.triu_indices(n, n, 1), torch.triu_indices(m, m, 1) + n
-    nm = (~own_twin).nonzero().T + torch.tensor([[0], [n]])
+    nm = (~own_pair).nonzero().T + torch.tensor([[0], [n]])
     return (
         _stats(angles, nn, r, generator),
         _stats(angles, mm, r, generator),
@@ -328,142 +301,6 @@ def _stats(angles: Angles, pairs: Int[Tensor, "2 pair"], r: int | None, generato
     values = angles[:, pairs[0], pairs[1]]
     cosine = torch.cos(torch.deg2rad(values))
     return PairStats(cosine.mean(1), cosine.std(1), values.mean(1), values.std(1), n_pairs=int(pairs.shape[1]))
-
-
-@dataclass(frozen=True)
-class _Means:
-    """Weighted mean angles of the three kinds of pairs."""
-
-    nn: Float[Tensor, "sample layer"]
-    mm: Float[Tensor, "sample layer"]
-    nm: Float[Tensor, "sample layer"]
-
-    @property
-    def paper(self) -> Float[Tensor, "sample layer"]:
-        return self.nm - self.nn
-
-    @property
-    def symmetric(self) -> Float[Tensor, "sample layer"]:
-        return self.nm - (self.nn + self.mm) / 2
-
-
-def labelled_gaps(
-    angles: Angles,
-    normal_weight: Float[Tensor, "sample prompt"],
-    paired: bool = False,
-    statistic: Statistic = "paper",
-) -> Float[Tensor, "sample layer"]:
-    """Gaps for many labellings at once; `normal_weight` is 1 where a prompt counts as normal, else 0."""
-    return getattr(_labelled_means(angles, normal_weight, paired), statistic)
-
-
-def _labelled_means(angles: Angles, normal_weight: Float[Tensor, "sample prompt"], paired: bool) -> _Means:
-    prompts = angles.shape[1]
-    numbers = _prompt_numbers(prompts // 2, prompts - prompts // 2, paired)
-    return _weighted_means(angles, normal_weight, 1.0 - normal_weight, numbers)
-
-
-def _weighted_means(
-    angles: Angles,
-    w_n: Float[Tensor, "sample prompt"],
-    w_m: Float[Tensor, "sample prompt"],
-    numbers: Int[Tensor, " prompt"],
-    within: Bool[Tensor, "prompt prompt"] | None = None,
-) -> _Means:
-    """Mean angles where prompt i has weight w_i, that is, stands for w_i copies.
-
-    A pair of prompts with different `numbers` weighs w_i w_j. Of equal number only pairs `within` count, once a copy.
-    """
-    in_n, in_m = w_n.any(0), w_m.any(0)  # most weights are 0 where the two sets are apart: their products cost time
-    w_n, w_m = w_n[:, in_n], w_m[:, in_m]
-    apart = (numbers[:, None] != numbers[None]).double()
-    ones = torch.ones_like(angles[:1])  # its sums are the numbers of pairs
-
-    def sums(layer: Float[Tensor, "prompt prompt"], v_n: Tensor, v_m: Tensor) -> Float[Tensor, "kind sample"]:
-        left_n, left_m = w_n @ layer[in_n], w_m @ layer[in_m][:, in_m]
-        return torch.stack([(left_n[:, in_n] * v_n).sum(1), (left_m * v_m).sum(1), (left_n[:, in_m] * v_m).sum(1)])
-
-    total = torch.stack([sums(layer * apart, w_n, w_m) for layer in torch.cat([angles, ones])], dim=-1)
-    if within is not None:
-        once = (w_n > 0).double(), (w_m > 0).double()
-        total = total + torch.stack([sums(layer * within, *once) for layer in torch.cat([angles, ones])], dim=-1)
-    return _Means(*(total[..., :-1] / total[..., -1:]))
-
-
-def _bootstrap_means(
-    angles: Angles,
-    topics: Int[Tensor, " prompt"],
-    n: int,
-    paired: bool,
-    samples: int,
-    generator: torch.Generator,
-) -> _Means:
-    """Mean angles of prompts, or of whole topics, drawn with replacement."""
-    of_n, of_m = topics[:n], topics[n:] - topics[n]
-    counts_n = _pairable_counts(samples, _count(of_n), generator)
-    counts_m = counts_n if paired else _pairable_counts(samples, _count(of_m), generator)
-    zeros_n, zeros_m = torch.zeros(samples, len(of_m)).double(), torch.zeros(samples, len(of_n)).double()
-    w_n, w_m = torch.cat([counts_n[:, of_n], zeros_n], 1), torch.cat([zeros_m, counts_m[:, of_m]], 1)
-    prompts = _prompt_numbers(n, len(of_m), paired)
-    within = (topics[:, None] == topics[None]) & (prompts[:, None] != prompts[None])
-    return _weighted_means(angles, w_n, w_m, topics, within if within.any() else None)
-
-
-def _mirrored_means(
-    normal: Float[Tensor, "normal layer d_model"],
-    malicious: Float[Tensor, "malicious layer d_model"],
-    paired: bool,
-    draws: int,
-    generator: torch.Generator,
-) -> _Means:
-    """Mean angles where both sets have one mean direction, and each prompt is reflected through its centre or is not.
-
-    1. of unit vectors u: the mean of each set, turned to the mean d of the two mean directions: c = |mean| d;
-    2. r = (u - mean) sqrt(n / (n - 1)), for residuals from an estimated mean are too short;
-    3. a draw takes c + r or c - r of each prompt; twins are reflected together.
-    """
-    n, m = len(normal), len(malicious)
-    units = [_unit(normal), _unit(malicious)]
-    shared = _unit(sum((_unit(unit.mean(0)) for unit in units), torch.zeros_like(units[0][0])))
-    images = torch.cat([image for unit in units for image in _mirror_images(unit, shared)])
-    signs_n = torch.randint(2, (draws, n), generator=generator).double()
-    signs_m = signs_n if paired else torch.randint(2, (draws, m), generator=generator).double()
-    none_n, none_m = torch.zeros(draws, 2 * n).double(), torch.zeros(draws, 2 * m).double()
-    numbers = _prompt_numbers(n, m, paired)
-    return _weighted_means(
-        _angles(images),
-        torch.cat([signs_n, 1 - signs_n, none_m], 1),
-        torch.cat([none_n, signs_m, 1 - signs_m], 1),
-        torch.cat([numbers[:n].repeat(2), numbers[n:].repeat(2)]),
-    )
-
-
-def _mirror_images(
-    unit: Float[Tensor, "prompt layer d_model"], shared: Float[Tensor, "layer d_model"]
-) -> tuple[Float[Tensor, "prompt layer d_model"], Float[Tensor, "prompt layer d_model"]]:
-    mean, n = unit.mean(0), len(unit)
-    centre = mean.norm(dim=-1, keepdim=True) * shared
-    residuals = (unit - mean) * (n / (n - 1)) ** 0.5
-    return centre + residuals, centre - residuals
-
-
-def _pairable_counts(samples: int, n: int, generator: torch.Generator) -> Float[Tensor, "sample prompt"]:
-    """How often each prompt is drawn; a draw of one prompt only has no pair of different ones and is drawn again."""
-    counts = resampled_counts(samples, n, generator)
-    while (alone := (counts == n).any(dim=1)).any():
-        counts[alone] = resampled_counts(int(alone.sum()), n, generator)
-    return counts
-
-
-def _permuted_labels(
-    n: int, m: int, paired: bool, permutations: int, generator: torch.Generator
-) -> Float[Tensor, "sample prompt"]:
-    """1 where a prompt is called normal: n of n + m at random, or one of each two twins."""
-    if paired:
-        first = torch.randint(2, (permutations, n), generator=generator).double()
-        return torch.cat([first, 1.0 - first], dim=1)
-    order = torch.rand(permutations, n + m, generator=generator).argsort(dim=1)
-    return (order < n).double()
 
 
 def _p_values(

@@ -1,4 +1,6 @@
-"""Controls for the gap: how large is it where nothing is harmful, and where form and words are the same? (METHOD 7)
+"""Controls for the gap: its size where nothing is harmful, and where form and words are the same.
+
+See docs/method.md#controls.
 
 - topics: harmless prompts only; one half of their topics plays "normal", the other "malicious";
 - matching: malicious and harmless prompts of equal token length, as similar in vocabulary as the sets allow.

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from safety_mech.divergence.angles import GapCurve, GapDifference, GapStatistic, Statistic, chosen
+from safety_mech.divergence.angles import GapCurve, GapDifference, GapStatistic, chosen
+from safety_mech.divergence.resampling import Statistic
 from safety_mech.layers import LayerRange
 
 

@@ -2,11 +2,11 @@
 
     r_k = mean of v_k over malicious prompts - mean of v_k over harmless prompts
 
-v_k is the residual stream after block k at the last token (residuals.py). Means are taken in float64: in the last
-layers the streams are a hundred times longer than their difference.
+v_k is the residual stream after block k at the last token (residuals.py). Means are taken in float64, because in
+the last layers the streams are a hundred times longer than their difference.
 
-How well a layer tells the two sets apart is measured on prompts that the direction was not made of (`separation`):
-with more dimensions than prompts, a direction separates the prompts that it was made of in any layer.
+`separation` measures how well a layer tells the two sets apart, on held-out prompts: with more dimensions than prompts,
+a direction separates the prompts it was computed from in any layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
@@ -63,7 +64,7 @@ def separation(
 ) -> Separation:
     """Cross-validated separation of every layer.
 
-    1. deal the prompts of both sets out to `folds` folds (`paired`: row i of both sets are twins, and stay together);
+    1. deal the prompts of both sets out to `folds` folds (`paired`: row i of both sets goes to one fold);
     2. for each fold, take the direction from all other folds, and project the fold's prompts on it;
     3. AUC and d' within the fold; their mean over the folds.
 
@@ -73,7 +74,9 @@ def separation(
     if folds < 2 or smaller < 2 * folds:
         raise ValueError(f"{folds} folds of {smaller} prompts: expected at least 2 folds with 2 prompts of each set")
     if paired and len(normal) != len(malicious):
-        raise ValueError(f"paired: {len(normal)} normal and {len(malicious)} malicious prompts are not twins")
+        raise ValueError(
+            f"paired: {len(normal)} normal and {len(malicious)} malicious prompts are not contrastive pairs"
+        )
     generator = torch.Generator().manual_seed(seed)
     fold_n = _dealt(len(normal), folds, generator)
     fold_m = fold_n if paired else _dealt(len(malicious), folds, generator)
@@ -94,8 +97,8 @@ def _dealt(count: int, folds: int, generator: torch.Generator) -> Int[Tensor, " 
 
 def auc(normal: Float[Tensor, "normal layer"], malicious: Float[Tensor, "malicious layer"]) -> Float[Tensor, " layer"]:
     """Share of (malicious, normal) pairs in which the malicious value is the higher one; a tie counts a half."""
-    difference = malicious[:, None] - normal[None]
-    return ((difference > 0).double() + 0.5 * (difference == 0).double()).mean((0, 1))
+    wins = mannwhitneyu(malicious.numpy(), normal.numpy(), method="asymptotic").statistic
+    return torch.from_numpy(wins) / (len(normal) * len(malicious))
 
 
 def d_prime(
@@ -112,7 +115,7 @@ def ablated(
 ) -> Iterator[HookedTransformer]:
     """While inside, take the direction out of the residual stream of `layers` (default: all): x - (x . r) r, |r| = 1.
 
-    At all positions, before, within and after every block, so that nothing reads it and nothing is left of it.
+    At all positions, before, within and after every block, so that no component reads it.
     Leaving restores the model bit for bit. Raises ValueError for a direction of another size or without length.
     """
     unit = _unit(model, direction)

@@ -1,33 +1,37 @@
-"""Scaling layers (paper §3.4, A.3.4), by hooks; no model is copied.
+"""Scaling layers (paper §3.4, A.3.4; docs/method.md#recipes), by hooks; no model is copied.
 
     with scaled(model, LayerRange(10, 17), 1.2): ...        # attention outputs of layers 10..17 times 1.2
 
-A recipe says which activations are multiplied; it is data, and a new one is a line:
+A recipe says which activations are multiplied. It is data; a new one takes one line:
 
     RECIPES["keys"] = Recipe(("attn.hook_k",))
 
-`weights` is the paper's: the projection WEIGHTS q, k, v, o, gate, up, down times alpha, not norms, not biases. They
-really are: inside, the parameters point to multiplied copies of these layers, so that logits are those of a multiplied
-model to the bit. A product with a scaled weight is the scaled product, but float32 rounds it differently: by 1e-4 in
-the logits of a 30-layer model. Where only some `positions` are chosen, a weight cannot be scaled; there, activations
-are: o as its input `hook_z`, down as its input `mlp.hook_post`, which leaves their biases alone and holds for models
-that normalise after the block; the biases of q, k, v (and of an ungated up) are taken out before scaling and put back.
+`weights` is the paper's recipe: the projection WEIGHTS q, k, v, o, gate, up and down times alpha, without norms and
+biases. Inside, the parameters point to multiplied copies, so the logits equal those of a multiplied model bit for bit.
+(Scaled activations are the same in exact arithmetic, but float32 rounds them differently, by 1e-4 in the logits of a
+30-layer model.) Low-rank updates of these weights are multiplied with them.
+
+With `positions` the weights stay and activations are scaled. For o this is its input `hook_z`, for down its input
+`mlp.hook_post`: their biases are untouched, and models that normalise after the block are right too. The biases of q,
+k, v (and of an ungated up) are subtracted before scaling and added again.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from safety_mech.layers import LayerRange
 from safety_mech.models.forward import Hooks, check_one_device
-from safety_mech.models.parameters import replaced, scale_of, set_scale
+from safety_mech.models.parameters import PREFIX, replaced
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def scaled(
     """Multiply the recipe's activations of layers `layers` by `alpha` while inside; may be nested.
 
     `heads`: only these attention heads' outputs (`attn_out` only: their `hook_z` is scaled).
-    `positions`: only these, counted from the END (-1 is the last), so that they mean the same with a shared opening.
+    `positions`: only these, counted from the END (-1 is the last), so that a shared prefix does not move them.
     Leaving, also by an exception, leaves the model as it was, bit for bit. No tensor is edited in place.
     A recipe of `weights` throws its multiplied copies away on leaving: train adapters inside, not weights.
     Raises ValueError for layers or heads outside the model, alpha <= 0 or not finite, an unknown recipe, one that names
@@ -103,17 +107,38 @@ def scaled(
 
 @contextmanager
 def _multiplied(model: HookedTransformer, layers: LayerRange, alpha: float, names: tuple[str, ...]) -> Iterator[None]:
-    """Parameters of these names point to alpha times their tensor while inside, and say so (`scale_of`)."""
-    weights = [weight for layer in layers for name, weight in model.blocks[layer].named_parameters() if name in names]
-    scales = [scale_of(weight) for weight in weights]
-    with replaced([(weight, weight.data * alpha) for weight in weights]):
-        try:
-            for weight, scale in zip(weights, scales, strict=True):
-                set_scale(weight, scale * alpha)
-            yield
-        finally:
-            for weight, scale in zip(weights, scales, strict=True):
-                set_scale(weight, scale)
+    """While inside, parameters of these names point to alpha times their tensor, and their low-rank updates follow."""
+    weights, places = [], []
+    for block in (model.blocks[layer] for layer in layers):
+        for name, weight in block.named_parameters():
+            if name in names:
+                module, _, leaf = name.rpartition(".")
+                weights.append(weight)
+                places.append((block.get_submodule(module), leaf))
+    with replaced([(weight, weight.data * alpha) for weight in weights]), _multiplied_updates(places, alpha):
+        yield
+
+
+@contextmanager
+def _multiplied_updates(places: Sequence[tuple[nn.Module, str]], alpha: float) -> Iterator[None]:
+    """Multiply the low-rank updates of the weights in these places, also those that are attached while inside."""
+    own: list[tuple[Any, float]] = []
+
+    def multiply(owner: nn.Module, name: str, update: Any) -> None:
+        if any(owner is module and name == PREFIX + leaf for module, leaf in places):
+            own.append((update, update.multiplier))
+            update.multiplier *= alpha
+
+    for owner, leaf in places:
+        if hasattr(owner, PREFIX + leaf):
+            multiply(owner, PREFIX + leaf, getattr(owner, PREFIX + leaf))
+    watch = register_module_module_registration_hook(multiply)
+    try:
+        yield
+    finally:
+        watch.remove()
+        for update, multiplier in own:
+            update.multiplier = multiplier
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:

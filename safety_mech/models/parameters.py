@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 
-_SCALE = "safety_mech_scale"
-"""Attribute of a parameter that is multiplied for a while."""
+PREFIX = "low_rank_"
+"""A low-rank update is a submodule of its weight's module, under this prefix and the weight's name."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,6 @@ def block_projections(model: HookedTransformer) -> tuple[Projection, ...]:
         hooked = present[0]
         found.append(Projection(hooked, projection.module, projection.to_hooked, projection.heads))
     return tuple(found)
-
-
-def scale_of(weight: Tensor) -> float:
-    """By how much `scaled(..., "weights")` multiplies this weight now; 1 outside of it. What is added to the weight's
-    product (a low-rank update) is to be multiplied as well."""
-    return getattr(weight, _SCALE, 1.0)
-
-
-def set_scale(weight: Tensor, scale: float) -> None:
-    setattr(weight, _SCALE, scale)
 
 
 @contextmanager

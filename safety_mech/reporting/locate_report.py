@@ -12,8 +12,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from transformer_lens import HookedTransformer
 
-from safety_mech.divergence.angles import STATISTICS, GapCurve, GapDifference, Statistic, chosen
+from safety_mech.divergence.angles import STATISTICS, GapCurve, GapDifference, chosen
 from safety_mech.divergence.onset import initial_range
+from safety_mech.divergence.resampling import Statistic
 from safety_mech.interventions.scaling import Recipe, scaled
 from safety_mech.layers import LayerRange
 from safety_mech.localization.safety_layers import SafetyLayers

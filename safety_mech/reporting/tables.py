@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from safety_mech.divergence.angles import GapCurve, GapDifference, GapStatistic, Statistic, SymmetricGap
+from safety_mech.divergence.angles import GapCurve, GapDifference, GapStatistic, SymmetricGap
+from safety_mech.divergence.resampling import Statistic
 from safety_mech.layers import LayerRange
 from safety_mech.localization.alpha import AlphaChoice
 from safety_mech.localization.safety_layers import SafetyLayers

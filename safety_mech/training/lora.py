@@ -12,7 +12,6 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +25,21 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
 from safety_mech.layers import LayerRange
-from safety_mech.models.parameters import Projection, as_linear, block_projections, scale_of
-
-PREFIX = "low_rank_"
-"""An update is a submodule of its weight's module, under this prefix and the weight's name."""
+from safety_mech.models.parameters import PREFIX, Projection, as_linear, block_projections
 
 
 class LowRankUpdate(nn.Module):
-    """x -> scale * B A x, times what the projection's weight is multiplied by; in the projection's number format."""
+    """x -> multiplier * scale * B A x, in the projection's number format. `scaled` sets `multiplier` for a while."""
 
-    def __init__(self, weight: Float[Tensor, "out in"], rank: int, scale: float, weight_scale: Callable[[], float]):
+    def __init__(self, weight: Float[Tensor, "out in"], rank: int, scale: float):
         super().__init__()
         d_out, d_in = weight.shape
-        self.scale, self.weight_scale = scale, weight_scale
+        self.scale, self.multiplier = scale, 1.0
         self.A = nn.Parameter(torch.empty(rank, d_in, dtype=weight.dtype, device=weight.device))
         self.B = nn.Parameter(torch.zeros(d_out, rank, dtype=weight.dtype, device=weight.device))
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return linear(linear(x, self.A) * (self.scale * self.weight_scale()), self.B)
+        return linear(linear(x, self.A) * (self.scale * self.multiplier), self.B)
 
     def weight(self) -> Float[Tensor, "out in"]:
         """What the update adds to the projection's weight."""
@@ -102,7 +98,7 @@ def _place(
     module, leaf = projection.hooked.rsplit(".", 1)
     owner = model.blocks[layer].get_submodule(module)
     weight = getattr(owner, leaf)
-    update = LowRankUpdate(as_linear(projection, weight, model), rank, scale, partial(scale_of, weight))
+    update = LowRankUpdate(as_linear(projection, weight, model), rank, scale)
     bound = 1 / math.sqrt(update.A.shape[1])  # as PEFT: kaiming uniform with a = sqrt(5)
     with torch.no_grad():
         update.A.copy_((torch.rand(update.A.shape, generator=generator) * 2 - 1) * bound)

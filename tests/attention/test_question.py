@@ -64,7 +64,7 @@ def test_with_learnt_positions(make_tiny_model, prompts):
 
 
 def test_equal_prompts_share_all_but_the_last_token(tiny_model, prompts):
-    """The opening then covers the question itself: its columns must still be found."""
+    """The shared prefix then covers the question itself; its columns must still be found."""
     found = question_attention(tiny_model, [prompts[0], prompts[0]])
     assert_same(found, from_the_cache(tiny_model, [prompts[0], prompts[0]]))
 

@@ -9,7 +9,8 @@ import pytest
 
 from safety_mech.commands import checks
 from safety_mech.commands.locate import LocateConfig
-from safety_mech.divergence.angles import Statistic, Unit
+from safety_mech.divergence.angles import Unit
+from safety_mech.divergence.resampling import Statistic
 from safety_mech.interventions.scaling import RECIPES
 from safety_mech.localization.safety_layers import LEAST_EFFECT, LEAST_REFUSED
 from safety_mech.models.chat import PLAIN_TEMPLATES

@@ -10,16 +10,14 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor
 
-from safety_mech.divergence.angles import (
-    GapCurve,
-    _bootstrap_means,
-    _p_values,
-    _pairable_counts,
-    _permuted_labels,
-    _prompt_numbers,
+from safety_mech.divergence.angles import GapCurve, _p_values, gap_curve
+from safety_mech.divergence.resampling import (
     angle_matrix,
-    gap_curve,
+    bootstrap_means,
     labelled_gaps,
+    pairable_counts,
+    permuted_labels,
+    prompt_numbers,
 )
 
 
@@ -53,8 +51,8 @@ def brute_gap(normal: list[tuple[int, Tensor]], malicious: list[tuple[int, Tenso
 
 
 def bootstrap_gaps(angles: Tensor, n: int, paired: bool, samples: int, generator: torch.Generator) -> Tensor:
-    numbers = _prompt_numbers(n, angles.shape[1] - n, paired)
-    return _bootstrap_means(angles, numbers, n, paired, samples, generator).paper
+    numbers = prompt_numbers(n, angles.shape[1] - n, paired)
+    return bootstrap_means(angles, numbers, n, paired, samples, generator).paper
 
 
 def fast_gap_curve(normal: Tensor, malicious: Tensor, **changes: Any) -> GapCurve:
@@ -111,7 +109,7 @@ def test_streams_without_a_direction_are_refused_with_layer_and_prompt(value):
 # --- means and gap -----------------------------------------------------------------------------------------------
 
 NORMAL, MALICIOUS = on_circle(0, 10, 30), on_circle(20, 90, 200)
-# normal-malicious: 20 90 160 | 10 80 170 | 10 60 170, of which the twins are 20, 80 and 170
+# normal-malicious: 20 90 160 | 10 80 170 | 10 60 170, of which the contrastive pairs are 20, 80 and 170
 
 
 def test_gap_by_hand():
@@ -124,7 +122,7 @@ def test_gap_by_hand():
     assert curve.n_layers == 1
 
 
-def test_gap_of_twins_by_hand():
+def test_gap_of_pairs_by_hand():
     curve = fast_gap_curve(NORMAL, MALICIOUS, paired=True)
     assert curve.normal_malicious.n_pairs == 6
     assert curve.normal_malicious.angle_mean.item() == pytest.approx((770 - 20 - 80 - 170) / 6)
@@ -218,8 +216,8 @@ def test_bootstrap_equals_resampling_by_loops(paired):
     normal, malicious = random_sets(4, n=n, m=m, layers=2)
     found = bootstrap_gaps(angle_matrix(torch.cat([normal, malicious])), n, paired, 20, seeded())
     generator = seeded()
-    counts_n = _pairable_counts(20, n, generator).long()
-    counts_m = counts_n if paired else _pairable_counts(20, m, generator).long()
+    counts_n = pairable_counts(20, n, generator).long()
+    counts_m = counts_n if paired else pairable_counts(20, m, generator).long()
     for sample, layer in itertools.product(range(20), range(2)):
         drawn_n = [(i, normal[i, layer]) for i in range(n) for _ in range(counts_n[sample, i])]
         drawn_m = [(i, malicious[i, layer]) for i in range(m) for _ in range(counts_m[sample, i])]
@@ -227,7 +225,7 @@ def test_bootstrap_equals_resampling_by_loops(paired):
         assert found[sample, layer].item() == pytest.approx(brute_gap(drawn_n, drawn_m, paired), abs=1e-9)
 
 
-def test_twins_are_resampled_together():
+def test_pairs_are_resampled_together():
     normal, malicious = random_sets(4, n=6, m=6, layers=2)
     angles = angle_matrix(torch.cat([normal, malicious]))
     together, apart = (bootstrap_gaps(angles, 6, paired, 20, seeded()) for paired in (True, False))
@@ -235,7 +233,7 @@ def test_twins_are_resampled_together():
 
 
 def test_pairable_counts_are_draws_with_replacement():
-    counts = _pairable_counts(4000, 5, seeded())
+    counts = pairable_counts(4000, 5, seeded())
     assert (counts.sum(dim=1) == 5).all()
     torch.testing.assert_close(counts.mean(dim=0), torch.ones(5).double(), rtol=0, atol=0.06)
     variance = 5 * (1 / 5) * (4 / 5)  # multinomial
@@ -257,10 +255,10 @@ SPREAD, SHIFT = 5.0, 30.0
 TRUE_GAP = SHIFT - 2 * SPREAD / math.sqrt(math.pi)  # E|a - b| of two normal draws is 2 sigma / sqrt(pi)
 
 
-def sets_of_known_gap(seed: int, n: int, twins: bool) -> tuple[Tensor, Tensor]:
-    """Directions in a plane: normal at N(0, 5) degrees, malicious at N(30, 5); twins share most of their draw."""
+def sets_of_known_gap(seed: int, n: int, paired: bool) -> tuple[Tensor, Tensor]:
+    """Directions in a plane: normal at N(0, 5) degrees, malicious at N(30, 5); pairs share most of their draw."""
     draw = torch.randn(3, n, generator=seeded(seed))
-    share = 0.9 if twins else 0.0
+    share = 0.9 if paired else 0.0
     own = math.sqrt(1 - share**2)
     return (
         on_circle(*(SPREAD * (share * draw[2] + own * draw[0])).tolist()),
@@ -268,17 +266,17 @@ def sets_of_known_gap(seed: int, n: int, twins: bool) -> tuple[Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("twins", [False, True])
-def test_interval_covers_the_truth_as_often_as_it_says(twins):
+@pytest.mark.parametrize("paired", [False, True])
+def test_interval_covers_the_truth_as_often_as_it_says(paired):
     covered = covered_by_pairs = 0
     for seed in range(200):
-        curve = gap_curve(*sets_of_known_gap(seed, 25, twins), paired=twins, bootstrap=200, permutations=2)
+        curve = gap_curve(*sets_of_known_gap(seed, 25, paired), paired=paired, bootstrap=200, permutations=2)
         covered += curve.low.item() <= TRUE_GAP <= curve.high.item()
         nn, nm = curve.normal_normal, curve.normal_malicious
         error = math.sqrt(nn.angle_std.item() ** 2 / nn.n_pairs + nm.angle_std.item() ** 2 / nm.n_pairs)
         covered_by_pairs += abs(curve.gap.item() - TRUE_GAP) <= 1.96 * error
     assert 0.88 <= covered / 200 <= 0.99
-    if not twins:  # pairs taken for independent give an interval that is far too narrow
+    if not paired:  # pairs of prompts taken for independent give an interval that is far too narrow
         assert covered_by_pairs / 200 < 0.75
 
 
@@ -293,20 +291,20 @@ def test_few_prompts_give_a_finite_interval(n):
 # --- permutation test --------------------------------------------------------------------------------------------
 
 
-def null_sets(seed: int, layers: int, twins: bool) -> tuple[Tensor, Tensor]:
-    """No gap: both sets from one distribution; twins share a topic."""
+def null_sets(seed: int, layers: int, paired: bool) -> tuple[Tensor, Tensor]:
+    """No gap: both sets from one distribution; pairs share a topic."""
     generator = seeded(seed)
-    n, m = (8, 8) if twins else (8, 6)
+    n, m = (8, 8) if paired else (8, 6)
     topic = torch.randn(n, layers, 5, generator=generator)
     noise_n, noise_m = torch.randn(n, layers, 5, generator=generator), torch.randn(m, layers, 5, generator=generator)
-    return (topic + noise_n, topic + noise_m) if twins else (noise_n, noise_m)
+    return (topic + noise_n, topic + noise_m) if paired else (noise_n, noise_m)
 
 
-@pytest.mark.parametrize("twins", [False, True])
-def test_p_values_are_uniform_where_there_is_no_gap(twins):
+@pytest.mark.parametrize("paired", [False, True])
+def test_p_values_are_uniform_where_there_is_no_gap(paired):
     single, corrected = [], []
     for seed in range(200):
-        curve = gap_curve(*null_sets(seed, 4, twins), paired=twins, bootstrap=2, permutations=99, seed=seed)
+        curve = gap_curve(*null_sets(seed, 4, paired), paired=paired, bootstrap=2, permutations=99, seed=seed)
         single.append(curve.p_values[0].item())
         corrected.append(curve.p_any)
     for p_values in (single, corrected):
@@ -340,17 +338,17 @@ def test_the_test_is_one_sided():
 
 
 def test_labels_are_exchanged_over_all_prompts():
-    labels = _permuted_labels(5, 3, False, 500, seeded())
+    labels = permuted_labels(5, 3, False, 500, seeded())
     assert (labels.sum(dim=1) == 5).all()
     assert set(labels.flatten().tolist()) == {0.0, 1.0}
     torch.testing.assert_close(labels.mean(dim=0), torch.full((8,), 5 / 8).double(), rtol=0, atol=0.08)
 
 
-def test_labels_of_twins_are_exchanged_within_twins():
-    labels = _permuted_labels(4, 4, True, 500, seeded())
+def test_labels_of_pairs_are_exchanged_within_pairs():
+    labels = permuted_labels(4, 4, True, 500, seeded())
     assert torch.equal(labels[:, :4] + labels[:, 4:], torch.ones(500, 4).double())
     assert len({tuple(row) for row in labels.tolist()}) == 2**4
-    apart = _permuted_labels(4, 4, False, 500, seeded())
+    apart = permuted_labels(4, 4, False, 500, seeded())
     assert not torch.equal(apart[:, :4] + apart[:, 4:], torch.ones(500, 4).double())
 
 
@@ -359,7 +357,7 @@ def test_permuted_gaps_and_p_values_equal_loops(paired):
     n, m = (5, 5) if paired else (5, 4)
     normal, malicious = random_sets(7, n=n, m=m, layers=2)
     everything = torch.cat([normal, malicious])
-    labels = _permuted_labels(n, m, paired, 30, seeded())
+    labels = permuted_labels(n, m, paired, 30, seeded())
     found = labelled_gaps(angle_matrix(everything), labels, paired)
     identity = [*range(n), *(range(m) if paired else range(n, n + m))]
     for sample, layer in itertools.product(range(30), range(2)):
@@ -425,8 +423,8 @@ def test_fewer_than_three_prompts_are_refused(n, m):
         fast_gap_curve(*random_sets(0, n=n, m=m))
 
 
-def test_twins_must_be_as_many():
-    with pytest.raises(ValueError, match="7 normal and 5 malicious prompts are not twins"):
+def test_pairs_must_be_as_many():
+    with pytest.raises(ValueError, match="7 normal and 5 malicious prompts are not contrastive pairs"):
         fast_gap_curve(*random_sets(0), paired=True)
 
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from safety_mech.divergence.angles import angle_matrix, gap_curve, labelled_gaps
+from safety_mech.divergence.angles import gap_curve
 from safety_mech.divergence.controls import match_prompts, single_topics, topic_halves, words_of
+from safety_mech.divergence.resampling import angle_matrix, labelled_gaps
 
 TOPICS = ["home", "food", "home", "art", "sea", "art"]
 

@@ -70,7 +70,7 @@ def test_it_is_resid_post_and_not_resid_pre(tiny_model, prompts):
     assert not torch.allclose(acts[0, 2], cache["blocks.2.hook_resid_post"][0, -2], atol=1e-3)
 
 
-def test_order_of_prompts_is_kept(tiny_model, prompts):
+def test_order_of_prompts_is_last(tiny_model, prompts):
     order = [5, 0, 7, 2, 1, 6, 4, 3]
     acts = last_token_residuals(tiny_model, prompts)
     shuffled = last_token_residuals(tiny_model, [prompts[index] for index in order])
@@ -146,14 +146,14 @@ def from_the_cache_with_hooks_on(model: HookedTransformer, prompts: list[str]) -
     """run_with_cache would take the active hooks off at its end; one caching hook a layer, in a context, does not."""
     rows = []
     for chat in encode_chat(tokenizer_of(model), prompts):
-        kept: dict[int, Tensor] = {}
+        last: dict[int, Tensor] = {}
 
-        def keep(resid: Tensor, hook, kept: dict[int, Tensor] = kept) -> None:
-            kept[hook.layer()] = resid[0, -1].clone()
+        def keep(resid: Tensor, hook, last: dict[int, Tensor] = last) -> None:
+            last[hook.layer()] = resid[0, -1].clone()
 
         with model.hooks([(f"blocks.{layer}.hook_resid_post", keep) for layer in range(model.cfg.n_layers)]):
             model(chat.tokens[None])
-        rows.append(torch.stack([kept[layer] for layer in range(model.cfg.n_layers)]))
+        rows.append(torch.stack([last[layer] for layer in range(model.cfg.n_layers)]))
     return torch.stack(rows)
 
 
@@ -164,14 +164,14 @@ def test_a_permanent_hook_survives(fresh_tiny_model, prompts):
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])
-def test_hooks_see_all_positions_only_without_a_shared_opening(tiny_model, prompts, share_prefix):
+def test_hooks_see_all_positions_only_without_a_shared_prefix(tiny_model, prompts, share_prefix):
     seen = []
     with tiny_model.hooks([("blocks.0.hook_resid_pre", lambda x, hook: seen.append(x.shape[1]))]):
         last_token_residuals(tiny_model, prompts, share_prefix=share_prefix, batch_tokens=1)
     whole = sorted(lengths(tiny_model, prompts), reverse=True)
     if share_prefix:
-        opening, *rest = seen
-        assert rest == [length - opening for length in whole]
+        prefix, *rest = seen
+        assert rest == [length - prefix for length in whole]
     else:
         assert seen == whole
 
@@ -258,18 +258,18 @@ def test_nothing_but_the_last_position_outlives_its_layer(tiny_model, prompts):
     with tiny_model.hooks([(lambda name: name.endswith("hook_resid_post"), watch)]):
         acts = last_token_residuals(tiny_model, prompts)
     gc.collect()
-    assert len(born) == 6 * (1 + len(set(lengths(tiny_model, prompts))))  # the opening, then the batches
+    assert len(born) == 6 * (1 + len(set(lengths(tiny_model, prompts))))  # the prefix, then the batches
     assert all(storage.expired() for storage in born)
     assert max(alive_at_once) == 2  # a block's input and its output
     assert acts.untyped_storage().nbytes() == acts.numel() * 4 == len(prompts) * 6 * 16 * 4
 
 
-def test_a_view_that_is_kept_is_seen_by_that_check(tiny_model, prompts):
-    born, kept = [], []
+def test_a_view_that_is_last_is_seen_by_that_check(tiny_model, prompts):
+    born, last = [], []
 
     def watch(resid: Tensor, hook) -> None:
         born.append(StorageWeakRef(resid.untyped_storage()))
-        kept.append(resid[:, -1])  # a view: it keeps all positions alive
+        last.append(resid[:, -1])  # a view: it keeps all positions alive
 
     with tiny_model.hooks([("blocks.2.hook_resid_post", watch)]):
         last_token_residuals(tiny_model, prompts)
@@ -277,7 +277,7 @@ def test_a_view_that_is_kept_is_seen_by_that_check(tiny_model, prompts):
     assert not any(storage.expired() for storage in born)
 
 
-def test_what_is_kept_does_not_grow_with_the_prompts_length(tiny_model):
+def test_what_is_last_does_not_grow_with_the_prompts_length(tiny_model):
     short = last_token_residuals(tiny_model, ["Why?", "How?"])
     long = last_token_residuals(tiny_model, ["Why? " * 12, "How? " * 15])
     assert short.untyped_storage().nbytes() == long.untyped_storage().nbytes() == 2 * 6 * 16 * 4

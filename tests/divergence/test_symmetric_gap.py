@@ -9,18 +9,15 @@ import torch
 from test_angles import MALICIOUS, NORMAL, angle, brute_gap, random_sets
 from torch import Tensor
 
-from safety_mech.divergence.angles import (
-    GapCurve,
-    _bootstrap_means,
-    _mirrored_means,
-    _p_values,
-    _pairable_counts,
-    _permuted_labels,
-    _prompt_numbers,
+from safety_mech.divergence.angles import GapCurve, _p_values, gap_curve, gap_difference
+from safety_mech.divergence.resampling import (
     angle_matrix,
-    gap_curve,
-    gap_difference,
+    bootstrap_means,
     labelled_gaps,
+    mirrored_means,
+    pairable_counts,
+    permuted_labels,
+    prompt_numbers,
 )
 
 
@@ -40,11 +37,11 @@ def permutation_p(curve: GapCurve) -> Tensor:
 
 
 def test_by_hand():
-    # NN: 10, 30, 20, mean 20; MM: 70, 180, 110, mean 120; NM: 770 / 9, without the twins' own pairs 500 / 6
+    # NN: 10, 30, 20, mean 20; MM: 70, 180, 110, mean 120; NM: 770 / 9, without the contrastive pairs 500 / 6
     curve = gap_curve(NORMAL, MALICIOUS, bootstrap=5, permutations=5)
     assert curve.symmetric.gap.item() == pytest.approx(770 / 9 - 70)
-    twins = gap_curve(NORMAL, MALICIOUS, paired=True, bootstrap=5, permutations=5)
-    assert twins.symmetric.gap.item() == pytest.approx(500 / 6 - 70)
+    pairs = gap_curve(NORMAL, MALICIOUS, paired=True, bootstrap=5, permutations=5)
+    assert pairs.symmetric.gap.item() == pytest.approx(500 / 6 - 70)
 
 
 def test_the_two_sets_may_swap_names():
@@ -59,7 +56,7 @@ def test_the_two_sets_may_swap_names():
 def test_permuted_values_are_the_mean_of_the_gaps_both_ways(paired):
     normal, malicious = random_sets(2, n=6, m=6)
     angles = angle_matrix(torch.cat([normal, malicious]))
-    labels = _permuted_labels(6, 6, paired, 30, seeded(0))
+    labels = permuted_labels(6, 6, paired, 30, seeded(0))
     found = labelled_gaps(angles, labels, paired, "symmetric")
     both = labelled_gaps(angles, labels, paired) + labelled_gaps(angles, 1 - labels, paired)
     torch.testing.assert_close(found, both / 2)
@@ -70,10 +67,10 @@ def test_bootstrap_equals_resampling_by_loops(paired):
     n, m = (6, 6) if paired else (6, 5)
     normal, malicious = random_sets(4, n=n, m=m, layers=2)
     angles = angle_matrix(torch.cat([normal, malicious]))
-    found = _bootstrap_means(angles, _prompt_numbers(n, m, paired), n, paired, 20, seeded(0)).symmetric
+    found = bootstrap_means(angles, prompt_numbers(n, m, paired), n, paired, 20, seeded(0)).symmetric
     generator = seeded(0)
-    counts_n = _pairable_counts(20, n, generator).long()
-    counts_m = counts_n if paired else _pairable_counts(20, m, generator).long()
+    counts_n = pairable_counts(20, n, generator).long()
+    counts_m = counts_n if paired else pairable_counts(20, m, generator).long()
     for sample, layer in itertools.product(range(20), range(2)):
         drawn_n = [(i, normal[i, layer]) for i in range(n) for _ in range(counts_n[sample, i])]
         drawn_m = [(i, malicious[i, layer]) for i in range(m) for _ in range(counts_m[sample, i])]
@@ -95,7 +92,7 @@ def reflected(streams: Tensor, shared: Tensor, signs: list[float]) -> list[Tenso
 def test_mirrored_values_equal_reflecting_by_loops(paired):
     n, m = (5, 5) if paired else (5, 4)
     normal, malicious = random_sets(5, n=n, m=m, layers=1)
-    found = _mirrored_means(normal, malicious, paired, 12, seeded(3)).symmetric
+    found = mirrored_means(normal, malicious, paired, 12, seeded(3)).symmetric
     generator = seeded(3)
     signs_n = torch.randint(2, (12, n), generator=generator) * 2.0 - 1
     signs_m = signs_n if paired else torch.randint(2, (12, m), generator=generator) * 2.0 - 1
@@ -174,18 +171,18 @@ def test_where_nothing_differs_both_reject_in_five_percent(n):
         assert abs(float((p <= 0.5).double().mean()) - 0.5) < 0.15
 
 
-def test_twins_are_reflected_together():
-    """What twins share cancels in their difference: a turn of 2 degrees is found, which apart it is not."""
+def test_pairs_are_reflected_together():
+    """What the two of a pair share cancels in their difference: a turn of 2 degrees is found, which apart it is not."""
     normal, malicious = two_sets(2, 1.0)
     centre_n, centre_m = normal.mean(0), malicious.mean(0)
     malicious = centre_m + 0.95 * (normal - centre_n) + (1 - 0.95**2) ** 0.5 * (malicious - centre_m)
-    twins = gap_curve(normal, malicious, paired=True, bootstrap=2, permutations=200)
+    pairs = gap_curve(normal, malicious, paired=True, bootstrap=2, permutations=200)
     apart = gap_curve(normal, malicious, bootstrap=2, permutations=200)
-    assert rejected(twins.symmetric.p_values) > 0.8
+    assert rejected(pairs.symmetric.p_values) > 0.8
     assert rejected(apart.symmetric.p_values) < 0.2
 
 
-def test_twins_of_one_place_are_rejected_in_five_percent():
+def test_pairs_of_one_place_are_rejected_in_five_percent():
     generator = seeded(8)
     shared, own_n, own_m = (torch.randn(40, 200, 8, generator=generator) for _ in range(3))
     normal, malicious = 0.8 * shared + 0.6 * own_n, 1.5 * (0.8 * shared + 0.6 * own_m)

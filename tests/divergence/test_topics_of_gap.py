@@ -8,14 +8,8 @@ import torch
 from test_angles import angle, random_sets
 from torch import Tensor
 
-from safety_mech.divergence.angles import (
-    _bootstrap_means,
-    _pairable_counts,
-    _topic_numbers,
-    angle_matrix,
-    gap_curve,
-    gap_difference,
-)
+from safety_mech.divergence.angles import _topic_numbers, gap_curve, gap_difference
+from safety_mech.divergence.resampling import angle_matrix, bootstrap_means, pairable_counts
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -33,7 +27,7 @@ def drawn(streams: Tensor, topics: list[int], counts: list[int]) -> Drawn:
 
 
 def mean_angle(first: Drawn, second: Drawn, related: bool) -> float:
-    """The oracle: all pairs but of two copies of one topic, or of one prompt (twins have one number) with itself.
+    """The oracle: all pairs but of two copies of one topic, or of one prompt or contrastive pair with itself.
 
     `related`: topics of the same number are the same topic.
     """
@@ -53,10 +47,10 @@ def test_bootstrap_equals_drawing_topics_by_loops(paired):
     n = len(topics_n)
     angles = angle_matrix(torch.cat([normal, malicious]))
     numbers = _topic_numbers(n, len(topics_m), topics_n, topics_m, paired)
-    found = _bootstrap_means(angles, numbers, n, paired, 15, seeded(1))
+    found = bootstrap_means(angles, numbers, n, paired, 15, seeded(1))
     generator = seeded(1)
-    counts_n = _pairable_counts(15, 4, generator).long().tolist()
-    counts_m = counts_n if paired else _pairable_counts(15, 3, generator).long().tolist()
+    counts_n = pairable_counts(15, 4, generator).long().tolist()
+    counts_m = counts_n if paired else pairable_counts(15, 3, generator).long().tolist()
     for sample in range(15):
         first = drawn(normal[:, 0], topics_n, counts_n[sample])
         second = drawn(malicious[:, 0], topics_m, counts_m[sample])
@@ -131,7 +125,7 @@ THREE = ["a", "b", "c", "a", "b", "c"]
         (THREE, None, False, "topics of one set only: expected normal_clusters and malicious_clusters, or none"),
         (None, THREE, False, "topics of one set only"),
         (THREE[:5], THREE, False, "topics of 5 normal and 6 malicious prompts: expected 6 and 6"),
-        (THREE, THREE[::-1], True, "paired: expected twins to have the same topic"),
+        (THREE, THREE[::-1], True, "paired: expected contrastive pairs to have the same topic"),
         (["a", "b"] * 3, THREE, False, "2 normal and 3 malicious topics: expected at least 3 of each"),
     ],
 )

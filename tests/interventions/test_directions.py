@@ -3,7 +3,6 @@
 import pytest
 import torch
 from conftest import GPT2_STYLE, build_tiny_model
-from scipy import stats
 from torch import Tensor
 
 from safety_mech import LayerRange, last_token_residuals
@@ -22,12 +21,12 @@ def test_difference_of_means_by_hand_in_float64():
     assert found.tolist() == [[0.0, 3.0]]
 
 
-def test_auc_and_d_prime_equal_scipy():
+def test_auc_and_d_prime_equal_their_definitions():
     normal, malicious = torch.randn(9, 3, generator=seeded()).double(), torch.randn(7, 3, generator=seeded(1)).double()
     normal[0, 0] = malicious[0, 0]  # a tie
     for layer in range(3):
-        u = stats.mannwhitneyu(malicious[:, layer], normal[:, layer]).statistic
-        assert auc(normal, malicious)[layer] == pytest.approx(u / 63)
+        wins = [(m > n) + 0.5 * (m == n) for m in malicious[:, layer] for n in normal[:, layer]]
+        assert auc(normal, malicious)[layer] == pytest.approx(float(sum(wins)) / 63, abs=1e-12)
         spread = ((normal[:, layer].var() + malicious[:, layer].var()) / 2) ** 0.5
         expected = (malicious[:, layer].mean() - normal[:, layer].mean()) / spread
         assert d_prime(normal, malicious)[layer] == pytest.approx(float(expected))
@@ -54,14 +53,14 @@ def test_separation_does_not_depend_on_lengths_of_layers():
     assert torch.equal(plain.auc, longer.auc)
 
 
-def test_folds_are_drawn_with_the_seed_and_twins_stay_together():
+def test_folds_are_drawn_with_the_seed_and_pairs_stay_together():
     normal, malicious = torch.randn(20, 2, 6, generator=seeded()), torch.randn(20, 2, 6, generator=seeded(1))
     first, again, other = (separation(normal, malicious, seed=seed).d_prime for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    # A twin that is a copy of its prompt, plus a constant: in its own fold the two are apart by just that constant.
-    twins = separation(normal, normal + 1e-3, paired=True)
-    assert (twins.auc >= 0.5).all()
+    # The malicious prompt is a copy of its normal one, plus a constant that alone separates them in their own fold.
+    pairs = separation(normal, normal + 1e-3, paired=True)
+    assert (pairs.auc >= 0.5).all()
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_folds_are_drawn_with_the_seed_and_twins_stay_together():
     [
         (9, 20, {}, "5 folds of 9 prompts"),
         (20, 20, {"folds": 1}, "1 folds of 20 prompts"),
-        (20, 21, {"paired": True}, "are not twins"),
+        (20, 21, {"paired": True}, "are not contrastive pairs"),
     ],
 )
 def test_bad_sets(n, m, options, message):

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from safety_mech import LayerRange
 from safety_mech.interventions.scaling import RECIPES, Recipe, check_alpha, find_recipe, scaled
 from safety_mech.models.conversion import to_hooked
-from safety_mech.models.parameters import scale_of
+from safety_mech.training.lora import low_rank_adapters
 
 TOKENIZER = build_tokenizer()
 SHAPE: dict[str, Any] = {
@@ -127,22 +127,29 @@ def test_a_recipe_equals_weights_that_were_multiplied(name, recipe, alpha):
     assert (expected - model(some_tokens(model))).abs().max() > 0.01
 
 
-def scales(model: HookedTransformer) -> set[float]:
-    return {scale_of(weight) for weight in model.parameters()}
-
-
-def test_a_weight_says_its_scale_only_while_it_is_scaled(fresh_tiny_model):
-    """Low-rank updates ask for it: a scale that stays behind would multiply them for good."""
+def test_low_rank_updates_are_multiplied_only_while_their_weights_are(fresh_tiny_model):
     model = fresh_tiny_model
-    with scaled(model, CHOSEN, 2.0, "weights"):
-        assert scales(model) == {1.0, 2.0}
-        with scaled(model, LayerRange(2, 3), 1.5, "weights"):
-            assert scales(model) == {1.0, 2.0, 3.0, 1.5}
-        assert scales(model) == {1.0, 2.0}
-    assert scales(model) == {1.0}
-    with pytest.raises(KeyboardInterrupt), scaled(model, CHOSEN, 2.0, "weights"):
-        raise KeyboardInterrupt
-    assert scales(model) == {1.0}
+
+    def multipliers() -> list[float]:
+        return [model.blocks[layer].mlp.low_rank_W_in.multiplier for layer in range(4)]
+
+    with low_rank_adapters(model, rank=1):
+        with scaled(model, CHOSEN, 2.0, "weights"):
+            assert multipliers() == [1.0, 2.0, 2.0, 1.0]
+            with scaled(model, LayerRange(2, 3), 1.5, "weights"):
+                assert multipliers() == [1.0, 2.0, 3.0, 1.5]
+            assert multipliers() == [1.0, 2.0, 2.0, 1.0]
+        with scaled(model, CHOSEN, 2.0, "weights", positions=[-1]):  # activations, the updates' among them
+            assert multipliers() == [1.0] * 4
+        with pytest.raises(KeyboardInterrupt), scaled(model, CHOSEN, 2.0, "weights"):
+            raise KeyboardInterrupt
+        assert multipliers() == [1.0] * 4
+    inner = LayerRange(2, 3), 1.5, "weights_no_o"
+    with scaled(model, CHOSEN, 2.0, "weights"), scaled(model, *inner), low_rank_adapters(model, rank=1):
+        assert multipliers() == [1.0, 2.0, 3.0, 1.5]
+        assert model.blocks[2].attn.low_rank_W_O.multiplier == 2.0
+    with low_rank_adapters(model, rank=1):
+        assert multipliers() == [1.0] * 4
 
 
 def mixture_of_experts() -> HookedTransformer:
@@ -365,11 +372,11 @@ def test_activations_of_all_positions_amount_to_multiplied_weights(name):
 
 def test_activations_are_not_edited_in_place(tiny_model):
     """A hook of the user's own that runs first keeps what it saw."""
-    kept = []
-    with tiny_model.hooks([("blocks.2.hook_attn_out", lambda x, hook: kept.append((x, x.clone())))]):
+    seen = []
+    with tiny_model.hooks([("blocks.2.hook_attn_out", lambda x, hook: seen.append((x, x.clone())))]):
         scaled_logits(tiny_model, LayerRange(2, 2), 3.0)
-    ((seen, copied),) = kept
-    assert torch.equal(seen, copied)
+    ((activation, copied),) = seen
+    assert torch.equal(activation, copied)
 
 
 def double(x: Tensor, hook) -> Tensor:
