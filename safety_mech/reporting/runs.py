@@ -149,7 +149,7 @@ def cell_path(
     The digest is of the package's version, the constants of `modules` and `key`: everything that the answer depends on.
     So an old answer is never read as a new one.
     """
-    digest = content_hash(_version("safety-mech"), constants_of(*modules), plain(key))
+    digest = content_hash(package_version("safety-mech"), constants_of(*modules), plain(key))
     return Path(out) / experiment / safe_name(model_name) / "cells" / f"{label}-{digest}.json"
 
 

@@ -14,7 +14,7 @@ from safety_mech.divergence.resampling import Statistic
 from safety_mech.interventions.scaling import RECIPES
 from safety_mech.localization.safety_layers import LEAST_EFFECT, LEAST_REFUSED
 from safety_mech.models.chat import PLAIN_TEMPLATES
-from safety_mech.models.loading import DTYPES
+from safety_mech.models.sources import DTYPES
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 

@@ -17,7 +17,9 @@ from hf_models import TOKENIZER, TOLERANCE, distance, forbid_network, gpt2, llam
 from safetensors.torch import load_file, save_file
 
 from safety_mech import load_model
+from safety_mech.models.chat import tokenizer_of
 from safety_mech.models.loading import load_transformers
+from safety_mech.models.sources import find_source
 
 
 @pytest.fixture(scope="module")
