@@ -38,8 +38,8 @@ def imported_rooms(source: str) -> list[tuple[int, str]]:
 
 
 def upwards(source: str, room: str) -> list[tuple[int, str]]:
-    """Imports from rooms below this one, or from the package itself, whose names come from everywhere."""
-    allowed = ROOMS[: ROOMS.index(room) + 1]
+    """Imports from rooms below, or from the package itself, whose names come from everywhere (the last room may)."""
+    allowed = [*ROOMS[: ROOMS.index(room) + 1], *[""] * (room == ROOMS[-1])]
     return [(line, name) for line, name in imported_rooms(source) if name not in allowed]
 
 

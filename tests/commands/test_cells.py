@@ -54,7 +54,7 @@ def test_an_answer_is_measured_once(ask: Callable[..., int]) -> None:
         (alpha, "ALPHAS_ABOVE", (1.1, 1.2)),
         (text, "JUDGED_TOKENS", 8),
         (onset, "DIFFERENCE_RULE", None),
-        (runs, "_version", lambda package: "0.0.0"),
+        (runs, "package_version", lambda package: "0.0.0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -67,5 +67,5 @@ def test_no_prompt_is_matched_twice():
     malicious, normal = [f"a {n}" for n in range(6)], [f"a {n}" for n in range(5)]
     found = match_prompts(malicious, normal, [2] * 6, [2] * 5, count=5)
     assert len({m for m, _ in found.pairs}) == len({n for _, n in found.pairs}) == 5
-    with pytest.raises(ValueError, match="6 contrastive pairs are wanted, but only 5"):
+    with pytest.raises(ValueError, match="6 matched prompts are wanted, but only 5"):
         match_prompts(malicious, normal, [2] * 6, [2] * 5, count=6)

@@ -2,15 +2,14 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors import safe_open
 
 import safety_mech as sm
+from safety_mech.commands import planted
 from safety_mech.interventions.weight_swap import weight_change
 from safety_mech.prompts import data_folder
 from safety_mech.refusal.rates import refusal_rate
@@ -25,8 +24,7 @@ def planted_in(folder: Path) -> sm.LayerRange:
     return sm.LayerRange(**json.loads((folder / "recipe.json").read_text("utf-8"))["recipe"]["planted"])
 
 
-def test_all_that_planted_lists_are_shipped(load_script: Callable[[str], ModuleType]):
-    planted = load_script("planted")
+def test_all_that_planted_lists_are_shipped():
     config = planted.PlantedConfig()
     organisms = planted.find_organisms(config)
     assert {(o.planted, o.seed) for o in organisms} == set(planted.wanted(config))

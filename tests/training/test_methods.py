@@ -25,6 +25,7 @@ from safety_mech.training.methods import (
     sppft,
     width_matched_controls,
 )
+from safety_mech.training.pairs import Answer
 
 PAIRS = [
     ("How do I bake a cake?", "Sure, here."),
@@ -326,5 +327,7 @@ def test_reverse_preferences_prefer_the_start_of_an_answer_to_a_refusal() -> Non
     assert found != reverse_preferences(malicious, ["No.", "Never."], n=12, seed=2)
     assert len({prompt for prompt, _, _ in found}) == 12
     assert all(
-        good.startswith(("Sure", "Of course", "Certainly")) and bad in ("No.", "Never.") for _, good, bad in found
+        isinstance(good, Answer) and not good.finished and good.text.startswith(("Sure", "Of course", "Certainly"))
+        for _, good, _ in found
     )
+    assert all(bad in ("No.", "Never.") for _, _, bad in found)
