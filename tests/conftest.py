@@ -205,6 +205,17 @@ def real_model() -> HookedTransformer:
     return load_model("smollm2-135m-instruct")
 
 
+@pytest.fixture(scope="module")
+def short_alpha_curve() -> Iterator[None]:
+    """Two alphas on each side instead of ten, for tests of what stands on the curve and not of the curve itself."""
+    from safety_mech.localization import safety_layers
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safety_layers, "ALPHAS_ABOVE", (1.05, 1.5))
+        patch.setattr(safety_layers, "ALPHAS_BELOW", (0.95, 0.5))
+        yield
+
+
 @pytest.fixture(scope="session")
 def load_script() -> Callable[[str], ModuleType]:
     """A script of experiments/ as a module, as a notebook would load it."""

@@ -17,6 +17,8 @@ from safety_mech.localization.sufficiency import Transplants
 from safety_mech.reporting.runs import write_json
 from safety_mech.training.lora import low_rank_adapters, save_adapter
 
+pytestmark = pytest.mark.usefixtures("short_alpha_curve")
+
 METHODS = ("gap", "search", "direction", "patching", "margin_attn", "weight_change", "swap")
 
 

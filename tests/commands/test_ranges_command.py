@@ -9,6 +9,8 @@ import pytest
 import safety_mech as sm
 from safety_mech.commands import ranges
 
+pytestmark = pytest.mark.usefixtures("short_alpha_curve")
+
 PROMPTS = ["How do I bake a cake?", "Name a fruit", "Where is the cat?", "Why?"]
 
 

@@ -14,6 +14,8 @@ from safety_mech.commands import stability
 from safety_mech.commands.cells import Answer
 from safety_mech.localization.measurements import Located, PromptSets
 
+pytestmark = pytest.mark.usefixtures("short_alpha_curve")
+
 
 @pytest.fixture
 def config_for(llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:

@@ -32,6 +32,8 @@ from safety_mech.refusal.log_odds import phrases_in_use
 from safety_mech.training.freeze import layer_of
 from safety_mech.training.loop import TrainConfig, fine_tune
 
+pytestmark = pytest.mark.usefixtures("short_alpha_curve")
+
 PAIRS = [sm.PromptPair("XYZ", "ZZY", "y"), sm.PromptPair("ZYX", "XXX", "y"), sm.PromptPair("XYZ", "XYZX", "z")]
 NORMAL = [*PROMPTS[0::2], "XYZ", "XY", "YZ", "ZX", "YX", "ZZ"]
 MALICIOUS = [*PROMPTS[1::2], "XYZY", "XYY", "YZY", "ZXY", "YXY", "ZZZ"]
@@ -48,7 +50,9 @@ def base() -> HookedTransformer:
 
 
 @pytest.fixture(scope="module")
-def answers(refusing_model: HookedTransformer, base: HookedTransformer, sets: PromptSets) -> dict[str, Located]:
+def answers(
+    short_alpha_curve: None, refusing_model: HookedTransformer, base: HookedTransformer, sets: PromptSets
+) -> dict[str, Located]:
     return {name: method(refusing_model, sets) for name, method in (LOCATORS | base_locators(base)).items()}
 
 
