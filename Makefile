@@ -22,11 +22,14 @@ $(STAMP): pyproject.toml constraints.txt
 locate: $(STAMP)
 	$(BIN)/python experiments/locate.py $(ARGS)
 
+# Two processes of one thread each, a file in one of them; without PASSIVE, threads that wait would take the cores.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not real_model and not whole_run' -n 2 $(ARGS)
+	$(PYTEST) -m 'not real_model and not whole_run' $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .
