@@ -1,7 +1,7 @@
 """The mutation check: does some test notice each of the mutants of mutant_list.py? On demand, not in CI.
 
     python tests/mutants.py                                 all of them: about an hour on one core
-    python tests/mutants.py --file safety_mech/core.py      those of one file
+    python tests/mutants.py --file sufficiency.py           those of one file
     python tests/mutants.py --only core_ties --list         what would be run; without --list it is
 
 1. copy the tree to a temporary folder;
@@ -49,9 +49,9 @@ def the_one(found: list[Path], what: str) -> Path:
 
 
 def source_of(mutant: Mutant) -> Path:
-    """By its name, wherever in the package it lies; relative to the root."""
-    whole = ROOT / "safety_mech" / mutant.file
-    found = [whole] if whole.is_file() else [*(ROOT / "safety_mech").rglob(Path(mutant.file).name)]
+    """By its name, wherever in the package it lies, or by its path from the root; relative to the root."""
+    named = [path for path in (ROOT / "safety_mech" / mutant.file, ROOT / mutant.file) if path.is_file()]
+    found = named or [*(ROOT / "safety_mech").rglob(Path(mutant.file).name)]
     return the_one(found, f"{mutant.name}: safety_mech/{mutant.file}").relative_to(ROOT)
 
 
