@@ -89,7 +89,7 @@ def summarise(
         multiple_choice=choice_rate([cell["multiple_choice"] for cell in cells]),
         harmfulness=mean_harmfulness([cell["harmfulness"] for cell in cells]) if "harmfulness" in cells[0] else None,
         seconds=statistics.median(cell["seconds_a_step"] for cell in cells),
-        peak_bytes=None if None in peaks else statistics.median(peaks),
+        peak_bytes=None if None in peaks else float(statistics.median(peaks)),
     )
 
 
