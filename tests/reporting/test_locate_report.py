@@ -58,7 +58,9 @@ def page_of(result: Any) -> str:
 @pytest.mark.whole_run
 def test_the_report_says_what_the_run_measured(whole: Any) -> None:
     page, metrics = unescape(page_of(whole)), json.loads((whole.folder / "metrics.json").read_text("utf-8"))
-    assert f"Located {whole.found.range} at alpha 1.2" in page
+    assert whole.found.range is None, "a random model has nothing to locate"
+    assert f"No safety layers located: {whole.found.reason}" in page
+    assert "Alpha 1.2 (given)" in page
     assert "The search starts from [1, 2]: given." in page
     for curve in (*whole.curves.values(), *whole.base_curves.values()):
         assert f"{float(curve.gap.max()):.2f}" in page
@@ -68,9 +70,9 @@ def test_the_report_says_what_the_run_measured(whole: Any) -> None:
     for package, version in metrics["environment"]["packages"].items():
         assert package in page
         assert str(version) in page
-    start, end = whole.found.range.start, whole.found.range.end
+    start, end = whole.found.best_of_grid.start, whole.found.best_of_grid.end
     value = float(whole.found.grid[start, end].mean())
-    assert f"layers {start} to {end}: {value:.3f} mean refusal log-odds (nats)" in page
+    assert f"layers {start} to {end}: {value:.3f} mean refusal probability" in page
     assert {"gap.png", "sweeps.png", "grid.png", "attention.png"} <= {path.name for path in whole.folder.iterdir()}
 
 
