@@ -106,10 +106,6 @@ def _best_bound(
         low, high = min(values), max(values)
 
 
-def direction_of(alpha: float) -> Direction:
-    return "max" if alpha > 1 else "min"
-
-
 def grid_best(
     grid: Float[Tensor, "start end prompt"], direction: Direction, max_width: int | None = None
 ) -> LayerRange | None:
