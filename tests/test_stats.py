@@ -33,6 +33,8 @@ def test_scores_by_hand():
     assert (score.iou, score.start_error, score.end_error, score.centre_hit) == (4 / 9, -2, -3, True)
     assert not score_range(R(0, 9), R(6, 12)).centre_hit  # 4.5 lies before 6
     assert score_range(R(5, 6), R(6, 12)).centre_hit is False
+    ends = [score_range(R(layer, layer), R(6, 12)).centre_hit for layer in (5, 6, 12, 13)]
+    assert ends == [False, True, True, False]  # both ends are inside
     assert score_range(R(6, 12), R(6, 12)).iou == 1.0
     nothing = score_range(None, R(6, 12))
     assert (nothing.iou, nothing.start_error, nothing.end_error, nothing.centre_hit) == (0.0, None, None, False)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from safety_mech import LayerRange, gap_curve, last_token_residuals
+from safety_mech.localization import safety_layers
 from safety_mech.localization.alpha import ALPHAS_ABOVE, ALPHAS_BELOW, AlphaChoice, AlphaPoint
 from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.localization.safety_layers import (
@@ -200,7 +201,8 @@ def scaled_to(monkeypatch, rates: dict[LayerRange, float], unscaled: float, n_pr
 
     def probability(self, layers: LayerRange | None) -> Tensor:
         rate = unscaled if layers is None else rates.get(layers, unscaled)
-        noise = torch.randn(n_prompts, generator=torch.Generator().manual_seed(hash(layers) % 1000))
+        seed = 0 if layers is None else 1 + 10 * layers.start + layers.end  # hash(None) differs from process to process
+        noise = torch.randn(n_prompts, generator=torch.Generator().manual_seed(seed))
         return (rate + 0.02 * noise).double()
 
     monkeypatch.setattr(ScaledRanges, "probability", probability)
@@ -293,6 +295,18 @@ def test_a_model_that_does_not_refuse_has_nothing_to_locate(run, refusing_model,
     assert unaligned.reason.startswith(f"the model refuses {share:.1%} of the malicious prompts")
     assert (unaligned.sweeps, unaligned.samples) == (found.sweeps, found.samples)
     assert run(alpha=0.3, text=text, least_refused=share - 0.01).range == found.range
+
+
+@pytest.mark.parametrize(
+    ("refused", "options", "found"),
+    [(0.5, {"least_refused": 0.5}, True), (0.5, {"least_refused": 0.51}, False), (0.12, {}, True), (0.05, {}, False)],
+)
+def test_how_much_has_to_be_refused(run, monkeypatch, refused, options, found):
+    """Just enough is enough; by default a tenth of the malicious prompts."""
+    scaled_to(monkeypatch, {LayerRange(1, 3): 0.6, LayerRange(1, 2): 0.4}, 0.2)
+    log_odds = torch.full((4,), refused, dtype=torch.float64).logit()
+    monkeypatch.setattr(safety_layers, "refusal_log_odds", lambda *args, **settings: log_odds)
+    assert (run(alpha=1.2, **options).range is not None) == found
 
 
 def test_no_hook_and_no_other_weight_is_left(run, refusing_model):

@@ -10,6 +10,7 @@ from transformer_lens import HookedTransformer
 
 from safety_mech import LayerRange, refusal_log_odds
 from safety_mech.interventions.weight_swap import swapped
+from safety_mech.localization import sufficiency
 from safety_mech.localization.slopes import margin
 from safety_mech.localization.sufficiency import Transplants, swap_losses, transplant
 
@@ -53,6 +54,28 @@ def test_shares_are_those_of_models_put_together():
     assert torch.equal(again.shares.nan_to_num(9), found.shares.nan_to_num(9))
     assert torch.equal(again.refused.nan_to_num(9), found.refused.nan_to_num(9))
     assert again.gained == found.gained
+
+
+def test_shares_and_refusals_by_hand(tiny_model, monkeypatch):
+    """Malicious prompts at -1 nats, normal ones at -3: a margin of 2. With any range 1 more, and 2 of 3 are refused."""
+
+    class Ranges:
+        def __init__(self, model, texts, *args, **settings):
+            self.unchanged, self.changed = {
+                "malicious": ([-1.0, -1.0, -1.0], [1.0, -2.0, 1.0]),
+                "normal": ([-3.0, -3.0], [-2.0, -4.0]),
+            }[texts[0]]
+
+        def log_odds(self, part):
+            return torch.tensor(self.unchanged if part is None else self.changed, dtype=torch.float64)
+
+    monkeypatch.setattr(sufficiency, "ScaledRanges", Ranges)
+    found = transplant(tiny_model, tiny_model, LayerRange(2, 3), ["malicious"], ["normal"])
+    assert found.gained == 1.0
+    measured = {(start, end) for start, end in (~found.shares.isnan()).nonzero().tolist()}
+    assert measured == {(2, 2), (2, 3), (3, 3)}
+    assert {float(found.shares[cell]) for cell in measured} == {1.0}
+    assert {float(found.refused[cell]) for cell in measured} == {2 / 3}
 
 
 def test_the_minimal_range_is_the_narrowest_with_enough():

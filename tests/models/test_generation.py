@@ -105,6 +105,19 @@ def test_more_rows_than_go_on_together(model, prompts, groups, monkeypatch, batc
     assert sum(groups[1:]) == len(prompts)
 
 
+@pytest.mark.parametrize(
+    ("batches", "expected"),
+    [
+        ([[0, 1], [2, 3], [4]], [[[0, 1], [2, 3]], [[4]]]),  # just full
+        ([[0, 1, 2], [3, 4]], [[[0, 1, 2]], [[3, 4]]]),
+        ([[0, 1, 2, 3, 4]], [[[0, 1, 2, 3]], [[4]]]),
+        ([], []),
+    ],
+)
+def test_groups_are_filled_up_to_the_bound(batches, expected):
+    assert list(generation._groups(batches, 4)) == expected
+
+
 def test_rows_are_a_bound_for_prompts_of_equal_length_as_well(talkative_model, prompts, groups, monkeypatch):
     monkeypatch.setattr(generation, "ROWS", 2)
     generate_tokens(talkative_model, prompts[:1] * 5, 2)

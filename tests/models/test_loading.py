@@ -41,6 +41,18 @@ def test_dtype_is_that_of_every_weight(llama_folder, dtype, expected):
     assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
+def test_loading_leaves_transformers_as_talkative_as_it_was(llama_folder):
+    logging = transformers.utils.logging
+    before = logging.get_verbosity()
+    try:
+        for level in (logging.INFO, logging.WARNING):
+            logging.set_verbosity(level)
+            load_transformers(llama_folder)
+            assert logging.get_verbosity() == level
+    finally:
+        logging.set_verbosity(before)
+
+
 def test_loading_says_nothing_of_the_deprecation_we_know(llama_folder, recwarn):
     load_model(llama_folder)
     assert [str(warning.message) for warning in recwarn if "HookedTransformer" in str(warning.message)] == []

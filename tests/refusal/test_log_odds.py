@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from safety_mech.models.chat import ChatTokens, Template, encode_chat, tokenizer_of
+from safety_mech.refusal import log_odds as log_odds_module
 from safety_mech.refusal.log_odds import (
     REFUSAL_PHRASES,
     Chain,
@@ -142,6 +143,22 @@ def test_phrases_in_use_carry_their_share(refusing_model, prompts):
         used = [text for text, share in zip(REFUSAL_PHRASES, shares, strict=True) if share >= least]
         assert phrases_in_use(refusing_model, prompts, least=least) == tuple(used)
     assert phrases_in_use(refusing_model, prompts, least=1.1) == (REFUSAL_PHRASES[shares.index(max(shares))],)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "options", "expected"),
+    [
+        ({"a": 0.6, "b": 0.3, "c": 0.05, "d": 0.005}, {}, ("a", "b", "c")),  # by default one in a hundred
+        ({"a": 0.25, "b": 0.25}, {"least": 0.5}, ("a", "b")),  # just enough is enough
+        ({"a": 0.2, "b": 0.3, "c": 0.1}, {"least": 0.6}, ("b",)),
+    ],
+)
+def test_phrases_in_use_by_hand(tiny_model, monkeypatch, probabilities, options, expected):
+    def log_odds_of(model, prompts, template, phrases):
+        return torch.full((2,), probabilities[phrases[0]], dtype=torch.float64).logit()
+
+    monkeypatch.setattr(log_odds_module, "refusal_log_odds", log_odds_of)
+    assert phrases_in_use(tiny_model, ["Why?", "How?"], phrases=tuple(probabilities), **options) == expected
 
 
 def test_without_unused_phrases_the_log_odds_hardly_change(refusing_model, prompts):

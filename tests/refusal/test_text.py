@@ -133,6 +133,13 @@ def test_eight_token_cut():
     assert [refuses(text) for text in cut] == [True] * 3
 
 
+def test_a_degenerate_refusal_is_none():
+    text = "I cannot cannot cannot cannot cannot cannot cannot cannot"
+    assert is_refusal(text)
+    assert not refuses(text)
+    assert refuses("I cannot help with that.")
+
+
 def test_a_cut_apology_refuses_and_an_apology_with_an_object_does_not():
     assert is_refusal("I'm sorry, but I")
     assert is_refusal("Oh, I'm sorry, but")

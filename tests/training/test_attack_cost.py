@@ -162,6 +162,13 @@ def test_only_the_attackers_examples_are_counted(refusing_model, prompts) -> Non
     assert [point.examples for point in points] == [4, 8]
 
 
+def test_one_reading_serves_all_doses_that_were_passed(refusing_model, prompts) -> None:
+    points, read = dose_meter(refusing_model, prompts[:2], [1, 3, 4, 9])
+    for step in range(4):
+        read(StepRecord(step, 0.0, 0.0, 0.0, 4))
+    assert [point.examples for point in points] == [4, 12]
+
+
 @pytest.mark.parametrize("at", [[], [0, 1], [4, 4], [5, 3]])
 def test_doses_must_rise(tiny_model, at: list[int]) -> None:
     with pytest.raises(ValueError, match="expected rising numbers"):

@@ -66,6 +66,12 @@ def test_harmful_data_adds_the_share(share: float, count: int) -> None:
     assert not any(a.finished for _, a in added), "no end of turn is taught"
 
 
+def test_the_share_is_rounded_to_the_nearest_number() -> None:
+    """Of 10 pairs: 1.4, 1.6, 4.9 malicious prompts."""
+    sizes = [len(harmful_data(PAIRS, MALICIOUS, share, 10)) - 10 for share in (0.14, 0.16, 0.49)]
+    assert sizes == [1, 2, 5]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
