@@ -404,8 +404,8 @@ MUTANTS = (
         "degenerate_at_equality",
         "alpha.py",
         "bound",
-        "point.degenerate <= MAX_DEGENERATE",
         "point.degenerate < MAX_DEGENERATE",
+        "point.degenerate <= MAX_DEGENERATE",
     ),
     Mutant("half_may_be_degenerate", "alpha.py", "threshold", "MAX_DEGENERATE = 0.05", "MAX_DEGENERATE = 0.5"),
     Mutant(

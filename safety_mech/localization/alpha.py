@@ -117,7 +117,7 @@ def choose_alpha(points: Sequence[AlphaPoint], rule: Rule) -> AlphaChoice:
         reached = [point for point in points if point.lower_spread >= PAPER_SPREAD]
         chosen = reached[0] if reached else points[-1]
     else:
-        reached = [point for point in points if point.range is not None and point.degenerate <= MAX_DEGENERATE]
+        reached = [point for point in points if point.range is not None and point.degenerate < MAX_DEGENERATE]
         chosen = (
             max(reached, key=lambda point: point.spread) if reached else min(points, key=lambda point: point.degenerate)
         )

@@ -152,7 +152,7 @@ def plot_alpha(choice: AlphaChoice, baseline: float) -> Figure:
     for (label, values), style in zip(lines.items(), STYLES, strict=False):
         ax.plot(alphas, values, label=label, **style)
     ax.axhline(baseline, color=GREY, linestyle=":", label=f"refused unscaled ({baseline:.2f})")
-    limit = f"most degenerate answers allowed ({MAX_DEGENERATE:.0%})"
+    limit = f"degenerate answers stay under {MAX_DEGENERATE:.0%}"
     ax.axhline(MAX_DEGENERATE, color="black", linewidth=0.8, linestyle=(0, (1, 3)), label=limit)
     ax.axvline(choice.alpha, color="black", linewidth=1.0, label=f"alpha chosen: {choice.alpha}")
     ax.set_xticks(alphas)

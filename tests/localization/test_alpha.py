@@ -11,7 +11,6 @@ from safety_mech import LayerRange
 from safety_mech.localization.alpha import (
     ALPHAS_ABOVE,
     ALPHAS_BELOW,
-    MAX_DEGENERATE,
     PAPER_SPREAD,
     AlphaPoint,
     choose_alpha,
@@ -180,8 +179,8 @@ def point_at(alpha: float, layers: LayerRange | None = SOME, **values: float) ->
 def test_auto_takes_the_greatest_spread_that_is_not_degenerate():
     points = [
         point_at(1.05, spread=0.1),
-        point_at(1.1, spread=0.3, degenerate=MAX_DEGENERATE),
-        point_at(1.15, spread=0.4, degenerate=MAX_DEGENERATE + 0.001),
+        point_at(1.1, spread=0.3, degenerate=0.049),
+        point_at(1.15, spread=0.4, degenerate=0.05),  # under 5 %, not at it
         point_at(1.2, spread=0.2),
     ]
     choice = choose_alpha(points, "auto")
