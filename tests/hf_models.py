@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import build_tokenizer, randomise
+from tiny import build_tokenizer, randomise
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast

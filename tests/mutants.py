@@ -68,7 +68,7 @@ def mutated(mutant: Mutant, text: str) -> str:
 
 
 def key_of(mutant: Mutant, tree: Path) -> str:
-    files = [source_of(mutant), Path("tests/conftest.py"), *map(Path, tests_of(mutant))]
+    files = [source_of(mutant), Path("tests/conftest.py"), Path("tests/tiny.py"), *map(Path, tests_of(mutant))]
     return digest([mutant.name, mutant.old, mutant.new], [tree / file for file in files])
 
 

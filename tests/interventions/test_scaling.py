@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import GPT2_STYLE, build_tiny_model, build_tokenizer, randomise
+from tiny import GPT2_STYLE, build_tiny_model, build_tokenizer, randomise
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel

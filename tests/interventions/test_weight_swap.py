@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import build_tiny_model
+from tiny import build_tiny_model
 from transformer_lens import HookedTransformer
 
 from safety_mech import LayerRange

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from conftest import ANSWER, PROMPTS, REFUSAL, build_tiny_model
+from tiny import ANSWER, PROMPTS, REFUSAL, build_tiny_model
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import PROMPTS
+from tiny import PROMPTS
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import GPT2_STYLE, build_tiny_model
+from tiny import GPT2_STYLE, build_tiny_model
 from torch import Tensor
 from transformer_lens import HookedTransformer
 

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import GPT2_STYLE, build_talkative_model
 from test_text import KINDS
+from tiny import GPT2_STYLE, build_talkative_model
 from tokenizers import AddedToken
 from torch import Tensor
 from transformer_lens import HookedTransformer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GPT2_STYLE, PROMPTS, build_tiny_model
+from tiny import GPT2_STYLE, PROMPTS, build_tiny_model
 from torch import Tensor
 from transformer_lens import HookedTransformer
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import PROMPTS, build_tiny_model
+from tiny import PROMPTS, build_tiny_model
 from transformer_lens import HookedTransformer
 
 from safety_mech import LayerRange, refusal_log_odds

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from chat_families import FAMILIES, PHI_4, THINKING, Family, build
-from conftest import build_tiny_model
+from tiny import build_tiny_model
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerFast
 

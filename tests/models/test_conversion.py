@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_tokenizer
 from hf_models import (
     TOKENIZER,
     TOLERANCE,
@@ -25,6 +24,7 @@ from hf_models import (
     save,
     some_tokens,
 )
+from tiny import build_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import GPT2_STYLE, build_tiny_model
 from jaxtyping import TypeCheckError
+from tiny import GPT2_STYLE, build_tiny_model
 from torch import Tensor
 
 from safety_mech import LayerRange, TrainConfig, fine_tune, generate, last_token_residuals, refusal_log_odds, scaled

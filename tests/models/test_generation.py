@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT2_STYLE, build_talkative_model
+from tiny import GPT2_STYLE, build_talkative_model
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as CacheEntry

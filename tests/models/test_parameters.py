@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import GPT2_STYLE, build_tokenizer, randomise
+from tiny import GPT2_STYLE, build_tokenizer, randomise
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from safety_mech.models.conversion import to_hooked

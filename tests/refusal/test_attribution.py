@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import GPT2_STYLE, build_tiny_model
 from jaxtyping import Float
+from tiny import GPT2_STYLE, build_tiny_model
 from torch import Tensor
 from transformer_lens import HookedTransformer
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT2_STYLE, build_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import GPT2_STYLE, build_tiny_model
 from torch import Tensor
 from transformer_lens import HookedTransformer
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GPT2_STYLE
+from tiny import GPT2_STYLE
 from torch import Tensor
 
 from safety_mech import LayerRange

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ANSWER, GPT2_STYLE, REFUSAL, build_tiny_model
+from tiny import ANSWER, GPT2_STYLE, REFUSAL, build_tiny_model
 from torch import Tensor
 from transformer_lens import HookedTransformer
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GPT2_STYLE, build_tokenizer, randomise
 from safetensors.torch import load_file
+from tiny import GPT2_STYLE, build_tokenizer, randomise
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import LlamaConfig, LlamaForCausalLM
