@@ -145,6 +145,7 @@ def test_train_and_test_share_no_prompt() -> None:
     assert not train & test
 
 
+@pytest.mark.slow
 def test_train_and_test_share_no_near_duplicate() -> None:
     train = [prompt for name in COLUMNS for prompt in prompts_of(name, "train")]
     test = [prompt for name in COLUMNS for prompt in prompts_of(name, "test")]
@@ -157,6 +158,7 @@ def test_the_check_for_near_duplicates_finds_contrastive_pairs() -> None:
     assert any(near_duplicates([malicious], [normal]) for malicious, normal in pairs)
 
 
+@pytest.mark.slow
 def test_what_only_trains_is_no_light_edit_of_what_tests() -> None:
     """Stricter than the splits of one file: written later, by people who could have read the test prompts."""
     tests = [prompt for name in SHARE_OF_TEST for prompt in prompts_of(name, "test")]

@@ -52,6 +52,7 @@ def test_a_file_of_a_room_is_a_module() -> None:
         assert isinstance(getattr(parent, file.name), ModuleType), dotted
 
 
+@pytest.mark.slow
 def test_no_torch_is_imported_before_it_is_used() -> None:
     """`stats`, which needs it, is the control."""
     code = """

@@ -13,6 +13,8 @@ from safety_mech.divergence.angles import gap_curve, gap_difference
 from safety_mech.divergence.resampling import angle_matrix
 from safety_mech.stats import Estimate, correlation, mean_estimate, mean_pairwise_iou, slope
 
+pytestmark = pytest.mark.slow  # simulations
+
 N, D = 30, 6
 REPLICATES = 300
 MEAN_N = torch.tensor([2.0, 0, 0, 0, 0, 0])

@@ -182,6 +182,7 @@ def test_more_pairs_than_there_are_is_all_of_them():
     torch.testing.assert_close(fast_gap_curve(*sets, r=10_000).sampled_gap, fast_gap_curve(*sets).gap)
 
 
+@pytest.mark.slow
 def test_sampled_pairs_are_unbiased_on_average():
     sets = random_sets(3, n=8, m=8, layers=2)
     sampled = torch.stack(
@@ -266,6 +267,7 @@ def sets_of_known_gap(seed: int, n: int, paired: bool) -> tuple[Tensor, Tensor]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paired", [False, True])
 def test_interval_covers_the_truth_as_often_as_it_says(paired):
     covered = covered_by_pairs = 0
@@ -300,6 +302,7 @@ def null_sets(seed: int, layers: int, paired: bool) -> tuple[Tensor, Tensor]:
     return (topic + noise_n, topic + noise_m) if paired else (noise_n, noise_m)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paired", [False, True])
 def test_p_values_are_uniform_where_there_is_no_gap(paired):
     single, corrected = [], []
@@ -314,6 +317,7 @@ def test_p_values_are_uniform_where_there_is_no_gap(paired):
         assert ((quarters - 0.25).abs() < 0.1).all()
 
 
+@pytest.mark.slow
 def test_the_smallest_p_value_of_many_layers_is_not_corrected():
     wrongly_significant = sum(
         (gap_curve(*null_sets(seed, 12, False), bootstrap=2, permutations=99, seed=seed).p_values.min() <= 0.05).item()

@@ -162,6 +162,7 @@ def test_a_narrower_set_hides_its_place_from_the_paper_only():
     assert rejected(curve.symmetric.p_values) == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [20, 50])
 def test_where_nothing_differs_both_reject_in_five_percent(n):
     curves = [gap_curve(*two_sets(0, 1.0, n, seed), bootstrap=2, permutations=99) for seed in range(5)]

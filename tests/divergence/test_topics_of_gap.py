@@ -84,6 +84,7 @@ def test_equal_names_in_the_two_sets_are_two_topics():
     assert torch.equal(apart.samples, same.samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paired", [False, True])
 def test_the_interval_over_topics_covers_the_truth_and_that_over_prompts_does_not(paired):
     """20 topics of 4 prompts a set, whose prompts lie together; every layer is a data set of its own topics."""

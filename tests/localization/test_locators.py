@@ -139,6 +139,7 @@ def test_no_decision_where_noise_reaches_the_whole(refusing_model, sets, monkeyp
     assert LOCATORS["decision"](refusing_model, sets).range.start == 2
 
 
+@pytest.mark.slow
 def test_a_random_model_seldom_decides(sets, monkeypatch):
     """Twelve pairs, four layers, no difference within pairs: 1 % of models may pass, a few of 60."""
     model = build_tiny_model(n_layers=4)
@@ -215,6 +216,7 @@ def test_gap_is_the_papers_first_step(refusing_model, base, answers):
     torch.testing.assert_close(answers["gap_difference"].scores, difference.gap)
 
 
+@pytest.mark.slow
 def test_search_is_the_papers(refusing_model, sets, answers):
     curve = sm.gap_curve(*(sm.last_token_residuals(refusing_model, texts) for texts in (NORMAL, MALICIOUS)))
     assert sm.initial_range(curve) is None or "the gap's range" in answers["search"].detail
@@ -282,6 +284,7 @@ def test_round_trip_through_json(answers):
 # --- locate(method=...) -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_paper_is_the_default_and_the_reference(refusing_model):
     settings = {"initial": sm.LayerRange(1, 2), "alpha": 1.2, "samples": 10}
     found = locate(refusing_model, NORMAL, MALICIOUS, PROMPTS[:4], **settings)

@@ -18,7 +18,7 @@ PHRASES = ("I'm sorry", "I can't")
 
 @pytest.fixture(scope="module")
 def exact_model() -> HookedTransformer:
-    return build_tiny_model(seed=3, dtype=torch.float64).to(torch.float64)
+    return build_tiny_model(seed=3, n_layers=3, dtype=torch.float64).to(torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,19 @@ def patched(model: HookedTransformer, target: str, source: str, layer: int | Non
     return math.log(total / (1 - total))
 
 
-@pytest.mark.parametrize("positions", ["last", "answer", "all"])
-@pytest.mark.parametrize("what", list(PATCHES))
+def slow_but(*fast: tuple[str, str]) -> list:
+    """Every kind of patch at every choice of positions; all but `fast` are left to `make test`."""
+    both = [(what, positions) for what in PATCHES for positions in ("last", "answer", "all")]
+    return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in both]
+
+
+@pytest.mark.parametrize(
+    ("what", "positions"), slow_but(("layer", "last"), ("attn_out", "answer"), ("mlp_out", "last"), ("resid", "all"))
+)
 def test_equals_full_forward_passes(exact_model, pairs, what, positions):
     found = patch_pairs(exact_model, pairs, phrases=PHRASES, what=what, positions=positions)
-    assert found.into_malicious.shape == found.into_normal.shape == (6, 3)
-    for layer, index in ((1, 0), (5, 1), (3, 2)):
+    assert found.into_malicious.shape == found.into_normal.shape == (3, 3)
+    for layer, index in ((1, 0), (2, 1), (0, 2)):
         pair = pairs[index]
         down = patched(exact_model, pair.malicious, pair.normal, layer, what, positions)
         up = patched(exact_model, pair.normal, pair.malicious, layer, what, positions)
@@ -69,6 +76,7 @@ def test_equals_full_forward_passes(exact_model, pairs, what, positions):
         assert float(found.into_normal[layer, index]) == pytest.approx(up, abs=1e-8)
 
 
+@pytest.mark.slow
 def test_what_is_compared_differs(exact_model, pairs):
     """Control: layers, kinds of patch and positions all give other numbers."""
     rows = [
@@ -83,13 +91,14 @@ def test_what_is_compared_differs(exact_model, pairs):
     assert int((distances < 1e-7).sum()) == 2 * (3 + 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", [GPT2_STYLE, {"parallel_attn_mlp": True}], ids=["gpt-2", "parallel"])
 def test_in_other_architectures(style, pairs):
-    model = build_tiny_model(seed=3, dtype=torch.float64, **style).to(torch.float64)
+    model = build_tiny_model(seed=3, n_layers=3, dtype=torch.float64, **style).to(torch.float64)
     found = patch_pairs(model, pairs, phrases=PHRASES)
     for index, pair in enumerate(pairs):
-        expected = patched(model, pair.malicious, pair.normal, 3, "layer", "last")
-        assert float(found.into_malicious[3, index]) == pytest.approx(expected, abs=1e-8)
+        expected = patched(model, pair.malicious, pair.normal, 1, "layer", "last")
+        assert float(found.into_malicious[1, index]) == pytest.approx(expected, abs=1e-8)
 
 
 def test_unpatched_is_the_plain_measure(exact_model, pairs):
@@ -115,9 +124,10 @@ def test_effects_by_hand(exact_model, pairs):
 
 def test_equal_prompts_are_moved_by_nothing(exact_model):
     found = patch_pairs(exact_model, [PromptPair("XYZ", "XYZ", "x")] * 2)
-    torch.testing.assert_close(found.effect, torch.zeros(6, 2).double(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.effect, torch.zeros(3, 2).double(), rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_batches_change_nothing(exact_model, pairs):
     together, alone = (patch_pairs(exact_model, pairs, batch_tokens=tokens).effect for tokens in (10_000, 1))
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
@@ -126,7 +136,7 @@ def test_batches_change_nothing(exact_model, pairs):
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model, pairs, positions):
     """Block k runs the shared prefix and the rest once, and the exchanged positions k + 1 times."""
-    runs: list[list[int]] = [[] for _ in range(6)]
+    runs: list[list[int]] = [[] for _ in range(3)]
 
     def count(layer):
         def add(module, args, output):
@@ -148,7 +158,7 @@ def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model
     shared = next(i for i, tokens in enumerate(zip(chat, *others, strict=True)) if len({int(t) for t in tokens}) > 1)
     rest = len(chat) - shared
     once = [shared, rest - 1, 1] if positions == "last" else [shared, rest]
-    assert runs == [once + [once[-1]] * (layer + 1) for layer in range(6)]
+    assert runs == [once + [once[-1]] * (layer + 1) for layer in range(3)]
 
 
 def test_the_model_is_left_as_it_was(tiny_model, pairs):

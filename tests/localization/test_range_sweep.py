@@ -72,6 +72,7 @@ def test_the_cells_compared_differ(refusing_model, some_prompts):
     assert distances[~torch.eye(len(cells), dtype=torch.bool)].min() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", [{}, GPT2_STYLE], ids=["rotary", "gpt-2"])
 @pytest.mark.parametrize("recipe", ["mlp_out", "weights_no_o", Recipe(("attn.hook_k",))], ids=str)
 def test_some_cells_in_other_models_and_recipes(style, recipe, some_prompts):
@@ -104,6 +105,7 @@ def test_in_another_template(refusing_model, some_prompts, template):
     torch.testing.assert_close(ranges.log_odds(LayerRange(1, 2)), expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2])
 def test_one_prompt_shares_nothing_and_two_equal_ones_nearly_all(refusing_model, prompts, n):
     ranges = measure(refusing_model, prompts[1:2] * n)
@@ -128,6 +130,7 @@ def test_the_grid_is_its_cells(refusing_model, some_prompts):
 # --- text ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("which", "recipe", "alpha"), [("talkative", "attn_out", 1.6), ("refusing", "weights", 1.4)])
 def test_every_answer_is_that_of_the_scaled_model(refusing_model, some_prompts, which, recipe, alpha):
     model = refusing_model if which == "refusing" else build_talkative_model()
@@ -147,6 +150,7 @@ def test_unscaled_answers_are_the_plain_ones(refusing_model, prompts):
     assert ranges.refuses(None).tolist() == [False, True] * 4
 
 
+@pytest.mark.slow
 def test_refusals_are_what_the_judge_says_of_the_answers(refusing_model, prompts):
     """And an answer is left early only where the judge of beginnings says that it cannot be a refusal any more."""
     ranges = measure(refusing_model, prompts, 0.3)
@@ -235,6 +239,7 @@ def test_degenerate_is_no_refusal(refusing_model, prompts, monkeypatch):
 # --- what is cached --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1, 30_000])
 def test_a_small_memory_changes_no_number(refusing_model, some_prompts, budget):
     rich, poor = measure(refusing_model, some_prompts), measure(refusing_model, some_prompts, memory_budget=budget)
@@ -261,6 +266,7 @@ def test_what_is_forgotten_is_measured_again(refusing_model, some_prompts):
     assert ranges.evaluations == 2 * evaluations
 
 
+@pytest.mark.slow
 def test_the_order_of_asking_changes_no_number(refusing_model, some_prompts):
     grid = measure(refusing_model, some_prompts).grid()
     ranges = measure(refusing_model, some_prompts)
@@ -272,6 +278,7 @@ def test_the_order_of_asking_changes_no_number(refusing_model, some_prompts):
     assert all(again.answers(layers, whole=True) == texts[layers] for layers in SOME)
 
 
+@pytest.mark.slow
 def test_text_and_log_odds_do_not_disturb_each_other(refusing_model, some_prompts):
     alone, mixed = measure(refusing_model, some_prompts), measure(refusing_model, some_prompts)
     for layers in (LayerRange(1, 1), LayerRange(1, 3), LayerRange(1, 2)):
@@ -319,6 +326,7 @@ def test_evaluations_by_hand(refusing_model, prompts, ranges, shared):
     assert measured.evaluations == shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True])
 def test_the_whole_grid_costs_what_the_formula_says(refusing_model, some_prompts, text):
     ranges = measure(refusing_model, some_prompts)

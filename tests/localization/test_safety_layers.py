@@ -146,6 +146,7 @@ def test_a_given_alpha_and_range(run, refusing_model, prompts):
     assert found.is_best_of_grid == (found.best_of_grid == found.range)
 
 
+@pytest.mark.slow
 def test_the_best_of_the_grid_is_of_any_width(run):
     """It was limited to the width found, and called the best of all."""
     found = run(alpha=0.3, whole_grid=True)
@@ -153,6 +154,7 @@ def test_the_best_of_the_grid_is_of_any_width(run):
     assert found.best_of_grid == LayerRange(*lowest[1:])
 
 
+@pytest.mark.slow
 def test_phrases_are_those_that_the_model_uses(run, refusing_model, prompts):
     assert run(alpha=1.2).phrases == PHRASES
     found = run(alpha=1.2, phrases=None)
@@ -165,6 +167,7 @@ def test_alpha_below_one_is_searched_for_the_lowest(run, refusing_model, prompts
     assert found.alpha.point.range == lowest[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "above"), [("auto", True), ("paper", False)])
 def test_a_rule_measures_the_whole_curve(run, above, rule):
     found = run(alpha=rule, above=above)
@@ -176,6 +179,7 @@ def test_a_rule_measures_the_whole_curve(run, above, rule):
     assert at_that_alpha.effect == found.effect
 
 
+@pytest.mark.slow
 def test_refusals_in_text_can_be_the_measure(run, refusing_model, prompts):
     found = run(text=True, alpha=0.3)
     assert found.baseline is not None
@@ -185,6 +189,7 @@ def test_refusals_in_text_can_be_the_measure(run, refusing_model, prompts):
         assert sweep.values == tuple(float(ranges.refuses(layers).double().mean()) for layers in sweep.ranges)
 
 
+@pytest.mark.slow
 def test_the_grid_is_of_the_searchs_own_measure(run):
     found = run(text=True, alpha=0.3, whole_grid=True)
     assert set(found.grid.nan_to_num().unique().tolist()) <= {0.0, 1.0}
@@ -243,6 +248,7 @@ def test_noise_is_no_answer_also_at_a_given_alpha(run, monkeypatch):
     assert found.sweeps is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [1.0001, 0.9999])
 def test_next_to_one_nothing_is_located(run, alpha):
     """Signal to noise of log-odds is the same there as at 1.05; refusals are not."""
@@ -255,6 +261,7 @@ def test_alpha_of_one_is_refused(run):
         run(alpha=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "above", "recipe"), [(False, True, "weights"), (True, False, "attn_out")])
 def test_a_random_model_has_nothing_to_locate_at_any_alpha(make_tiny_model, prompts, text, above, recipe):
     model = make_tiny_model(n_layers=3)
@@ -283,6 +290,7 @@ def test_from_the_first_layer_alone(run, monkeypatch):
     assert found.range == LayerRange(0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [False, True])
 def test_a_model_that_does_not_refuse_has_nothing_to_locate(run, refusing_model, prompts, text):
     """Scaling moves something in every model; the answer stands beside the reason why it is none."""
@@ -309,6 +317,7 @@ def test_how_much_has_to_be_refused(run, monkeypatch, refused, options, found):
     assert (run(alpha=1.2, **options).range is not None) == found
 
 
+@pytest.mark.slow
 def test_no_hook_and_no_other_weight_is_left(run, refusing_model):
     before = {name: parameter.clone() for name, parameter in refusing_model.named_parameters()}
     run(alpha=1.2, recipe="weights", text=True)

@@ -85,6 +85,7 @@ def test_a_narrow_range_goes_before_an_earlier_wide_one_of_equal_fit():
     assert best_segment(tied.flip(0)).range == LayerRange(2, 2)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(-4, 4), min_size=2, max_size=9), st.integers(1, 8))
 @settings(max_examples=200, deadline=None)
 def test_equals_brute_force(values, width):

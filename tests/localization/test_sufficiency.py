@@ -30,6 +30,7 @@ def margin_of(model: HookedTransformer) -> float:
     return float(margin(*(refusal_log_odds(model, texts, phrases=PHRASES) for texts in (MALICIOUS, NORMAL))))
 
 
+@pytest.mark.slow
 def test_shares_are_those_of_models_put_together():
     base, model = built(), built(1, 2, 4)
     sign = 1 if margin_of(model) > margin_of(base) else -1  # random models: either set may be "malicious"

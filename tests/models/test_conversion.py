@@ -115,6 +115,7 @@ def test_a_loaded_model_reads_its_weights_without_a_copy(loaded):
     assert all(block.mlp.W_out.T.is_contiguous() for block in hooked.blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weight",
     ["embed.W_E", "blocks.0.attn._W_K", "blocks.1.mlp.W_gate", "blocks.2.ln2.w", "ln_final.w", "unembed.W_U"],

@@ -94,6 +94,7 @@ def groups(monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_tokens", [1, 4096])
 def test_more_rows_than_go_on_together(model, prompts, groups, monkeypatch, batch_tokens):
     expected = generate_tokens(model, prompts, LENGTH)
@@ -145,6 +146,7 @@ def cut_before(answer: list[int], token: int) -> list[int]:
     return answer[: answer.index(token)] if token in answer else answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", list(STYLES.values()), ids=list(STYLES))
 def test_an_answer_ends_with_the_end_token(style, prompts):
     endless = generate_tokens(build_talkative_model(**style), prompts, LENGTH)

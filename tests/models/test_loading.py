@@ -179,6 +179,7 @@ def test_unsupported_architecture(tmp_path):
     assert_one_line_error("architecture MptForCausalLM is not supported by TransformerLens", tmp_path)
 
 
+@pytest.mark.slow
 def test_model_that_is_no_causal_language_model(tmp_path):
     config = transformers.T5Config(vocab_size=len(TOKENIZER), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     save(transformers.T5ForConditionalGeneration(config), tmp_path)
