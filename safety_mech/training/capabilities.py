@@ -43,10 +43,13 @@ def rouge_l_scores(answers: Sequence[str], references: Sequence[str]) -> Float[T
     F1 of the longest common subsequence of words: 2 P R / (P + R), P = LCS / words of the answer, R = LCS / words of
     the reference. Words are runs of a-z and 0-9 in lower case; an answer without any scores 0.
     We do not know whether the paper stems; Hugging Face's summarization script does.
-    Raises ValueError for lists of different length, no pairs, or a reference without such a word.
+    Raises ValueError for a string in place of a list, lists of different length, no pairs, or a reference without such
+    a word.
     """
     from rouge_score.rouge_scorer import RougeScorer  # brings nltk along: slow to import, seldom needed
 
+    if isinstance(answers, str) or isinstance(references, str):
+        raise ValueError("answers and references: expected lists of strings, got one string; write [answer]")
     if len(answers) != len(references) or not answers:
         raise ValueError(
             f"{len(answers)} answers and {len(references)} references: expected as many of both, and at least one"

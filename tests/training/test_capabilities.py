@@ -53,6 +53,7 @@ def test_rouge_l_counts_the_order_of_words_and_stems_them() -> None:
         (["a"], ["a", "b"], "1 answers and 2 references"),
         ([], [], "at least one"),
         (["a", "b"], ["a", "..."], "reference 1 has no word"),
+        ("a", ["a"], "write \\[answer\\]"),
     ],
 )
 def test_rouge_l_errors(answers: list[str], references: list[str], message: str) -> None:
