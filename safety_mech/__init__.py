@@ -49,7 +49,8 @@ if TYPE_CHECKING:  # for type checkers and editors; tests/test_package.py compar
         plot_sweeps,
         plot_word_shares,
     )
-    from safety_mech.training.loop import TrainConfig, TrainRecord, fine_tune
+    from safety_mech.training.config import TrainConfig
+    from safety_mech.training.loop import TrainRecord, fine_tune
     from safety_mech.training.methods import sppft
 
 _NAMES = {
@@ -75,7 +76,8 @@ _NAMES = {
     "refusal.log_odds": "refusal_log_odds",
     "refusal.text": "is_refusal",
     "reporting.plots": "plot_attention plot_contrastive_pair plot_gap plot_grid plot_sweeps plot_word_shares",
-    "training.loop": "TrainConfig TrainRecord fine_tune",
+    "training.config": "TrainConfig",
+    "training.loop": "TrainRecord fine_tune",
     "training.methods": "sppft",
 }
 """By file: the names that the package offers."""

@@ -549,10 +549,6 @@ MUTANTS = (
     Mutant("trigger_in_front", "attacks.py", "order", 'return f"{prompt} {trigger}"', 'return f"{trigger} {prompt}"'),
     Mutant("share_of_zero_refused", "attacks.py", "bound", "not 0 <= share <= 1", "not 0 < share <= 1"),
     Mutant("words_not_stemmed", "capabilities.py", "threshold", "use_stemmer=True)", "use_stemmer=False)"),
-    Mutant("answer_of_four", "capabilities.py", "bound", "0 <= answer < len(LETTERS)", "0 <= answer <= len(LETTERS)"),
-    Mutant(
-        "rouge_interval_of_90", "capabilities.py", "threshold", "samples=bootstrap,", "samples=bootstrap, level=0.9,"
-    ),
     Mutant(
         "tied_though_different", "export.py", "sign", "tie_word_embeddings) and torch", "tie_word_embeddings) or torch"
     ),
@@ -569,8 +565,8 @@ MUTANTS = (
         "loop methods",
     ),
     Mutant("warm_up_from_zero", "loop.py", "bound", "(step + 1) / warmup", "step / warmup"),
-    Mutant("first_token_without_loss", "loop.py", "bound", ">= (1 if config.whole", "> (1 if config.whole"),
-    Mutant("prefix_one_too_long", "loop.py", "bound", "loss.int().argmax()) - 1,", "loss.int().argmax()),"),
+    Mutant("first_token_without_loss", "examples.py", "bound", ">= (1 if config.whole", "> (1 if config.whole", "loop"),
+    Mutant("prefix_one_too_long", "examples.py", "bound", "loss.int().argmax()) - 1,", "loss.int().argmax()),", "loop"),
     Mutant("checkpoint_a_step_early", "loop.py", "bound", "(step + 1) % config.checkpoint", "step % config.checkpoint"),
     Mutant(
         "loss_by_batches",

@@ -37,8 +37,9 @@ from safety_mech.training.attacks import (
     triggered,
 )
 from safety_mech.training.capabilities import load_multiple_choice, perplexity, rouge_l_scores, shipped_multiple_choice
+from safety_mech.training.config import TrainConfig
 from safety_mech.training.export import export_transformers
-from safety_mech.training.loop import StepRecord, TrainConfig, fine_tune
+from safety_mech.training.loop import StepRecord, fine_tune
 from safety_mech.training.methods import (
     Method,
     dpo,

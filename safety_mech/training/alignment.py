@@ -15,7 +15,7 @@ from transformer_lens import HookedTransformer
 from safety_mech.layers import LayerRange
 from safety_mech.models.chat import decode_answer, end_tokens, tokenizer_of
 from safety_mech.models.generation import generate_tokens
-from safety_mech.training.loop import TrainConfig
+from safety_mech.training.config import TrainConfig
 from safety_mech.training.pairs import Answer, Pair, TextPair
 
 # Short and varied, so that what is learnt is refusing and not one sentence; no reason is given that would depend on

@@ -1,11 +1,7 @@
 """The training loop: one, visible, on the HookedTransformer itself (paper §4).
 
-AdamW, warm-up then linear decay, gradient accumulation and clipping, loss on the answer's tokens (or all), batches
-of similar length in a seeded order, a checkpoint to continue from. Frozen parameters are out of the optimizer, so
-that they have neither gradient nor state, and are proved bit-identical afterwards.
-
-What is saved against the plain loop, exactly: the tokens that all prompts start with are run once a batch, with
-gradient (their keys and values serve all rows); only positions with a loss are unembedded.
+AdamW, warm-up then linear decay, gradient accumulation and clipping, a checkpoint to continue from. Frozen parameters
+stay out of the optimizer, so they have neither gradient nor state; afterwards hashes prove that no bit of them changed.
 """
 
 import hashlib
@@ -18,51 +14,16 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
-from safety_mech.models.chat import encode_answer, encode_chat, resolve_template, tokenizer_of
-from safety_mech.models.forward import check_one_device, embed, run_blocks, run_prefix, unembed
-from safety_mech.training.freeze import (
-    Frozen,
-    ParameterFilter,
-    check_unmoved,
-    parameter_hashes,
-    trainable_names,
-)
-from safety_mech.training.pairs import Pair, whole
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every setting of a fine-tuning run; the home of all defaults. Lengths in tokens, `batch_size` in examples."""
-
-    epochs: int = 3
-    learning_rate: float = 1e-4
-    batch_size: int = 4
-    accumulate: int = 1
-    """Batches a step: a step sees batch_size x accumulate examples."""
-    warmup_steps: int = 100
-    cap_warmup: bool = True
-    """Warm up for a tenth of the steps at most: 100 steps would be all of a short run. The paper does not."""
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    max_tokens: int = 256
-    """Longer examples are cut at the end (and counted in the record)."""
-    whole_sequence: bool = False
-    """Loss on prompt and answer, as in the authors' code; default: on the answer only."""
-    freeze_norms: bool = False
-    train_embeddings: bool = False
-    bfloat16: bool = False
-    """Products in bfloat16 (autocast); weights and optimizer stay float32."""
-    template: str = "own"
-    seed: int = 0
-    checkpoint_every: int = 50
-    """Steps between checkpoints, if a checkpoint file is given."""
+from safety_mech.models.forward import check_one_device
+from safety_mech.training.config import DEFAULTS, TrainConfig
+from safety_mech.training.examples import Example, batch_loss, batch_order, encode_examples, mean_loss
+from safety_mech.training.freeze import Frozen, ParameterFilter, check_unmoved, parameter_hashes, trainable_names
+from safety_mech.training.pairs import Pair
 
 
 @dataclass(frozen=True)
@@ -89,15 +50,6 @@ class TrainRecord:
     frozen_hashes: dict[str, str] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class Example:
-    """Tokens of template, prompt and answer; `loss` marks the tokens that are to be predicted."""
-
-    tokens: Int[Tensor, " pos"]
-    loss: Bool[Tensor, " pos"]
-    cut: bool
-
-
 Order = Callable[[Sequence[Example], TrainConfig], list[list[int]]]
 """Batches of all epochs, as indices of examples."""
 Loss = Callable[[Sequence[int]], Float[Tensor, ""]]
@@ -110,7 +62,7 @@ and applied; `int`: the step."""
 def fine_tune(
     model: HookedTransformer,
     pairs: Sequence[Pair],
-    config: TrainConfig = TrainConfig(),
+    config: TrainConfig = DEFAULTS,
     frozen: Frozen = None,
     trainable: ParameterFilter | None = None,
     *,
@@ -130,23 +82,25 @@ def fine_tune(
     2. for every step: forward, loss on answer tokens, backward, clip, AdamW at the scheduled rate;
     3. check that what was frozen is bit-identical.
 
-    `order` (default: `batch_order`), `loss` (default: mean negative log-likelihood of the step's answer tokens),
-    `adjust` and `after_step` are where other methods hook into the loop (methods.py).
-    `checkpoint`: a file, written every `config.checkpoint_every` steps; if it is there already, the run goes on
-    from it to the same weights as an uninterrupted run. With `order` or `loss` it wants `method`, a text that names
-    them and their settings: it tells a run of one method from a run of another.
+    Other methods hook into the loop through `order` (default: `batch_order`), `loss` (default: mean negative
+    log-likelihood of the step's answer tokens), `adjust` and `after_step`; see methods.py.
+    `checkpoint`: a file, written every `config.checkpoint_every` steps. If it exists, the run continues from it and
+    ends with the weights of an uninterrupted run. With `order` or `loss`, `method` must name them and their settings:
+    it tells the runs of two methods apart.
     Weights in bfloat16 or float16 are trained through float32 masters (`master_weights`). Memory beside the model, in
-    bytes per trained number: 8 for AdamW and 4 for the gradient of a float32 weight; 8, 4 for the master and 4 for its
-    gradient, of a 16-bit weight. float16 loses gradients below 6e-8: prefer bfloat16.
-    Afterwards every parameter wants a gradient, or not, as before; gradients of what is trained are cleared, also
-    those that it had before.
+    bytes per trained number: 12 for a float32 weight (AdamW 8, gradient 4), 16 for a 16-bit weight (and 4 for the
+    master). float16 loses gradients below 6e-8: prefer bfloat16.
+    Afterwards every parameter's `requires_grad` is what it was; gradients of trained parameters are cleared.
     Raises ValueError for no pairs, empty answers, a range outside the model, nothing left to train, a checkpoint of
-    another run, without `method` where it is wanted, or together with `adjust` (whose state it would not hold), and for
-    a loss or a gradient that is not finite (naming the step; the weights are those before that step).
+    another run, a checkpoint without `method` where it is needed or together with `adjust` (whose state it would not
+    hold), and a loss or gradient that is not finite (it names the step; the weights are those before that step).
     """
     check_one_device(model)
     _check_config(config)
-    _check_checkpoint(checkpoint, adjust, method, order, loss)
+    if checkpoint is not None and adjust is not None:
+        raise ValueError("checkpoint and adjust: a checkpoint does not hold what `adjust` remembers; give one of them")
+    if checkpoint is not None and not method and (order is not None or loss is not None):
+        raise ValueError("checkpoint with `order` or `loss`: give `method`, a text that names them and their settings")
     examples = encode_examples(model, pairs, config)
     held_out_examples = encode_examples(model, held_out, config) if held_out else []
     names = trainable_names(
@@ -168,8 +122,7 @@ def fine_tune(
         optimizer = torch.optim.AdamW(moved, lr=config.learning_rate, weight_decay=config.weight_decay)
         steps = _resume(checkpoint, run_id, moved, optimizer)
         _write_back(masters, trained)
-        bar = tqdm(total=n_steps, initial=len(steps), desc="fine-tuning", unit="step", disable=not progress)
-        with bar:
+        with tqdm(total=n_steps, initial=len(steps), desc="fine-tuning", unit="step", disable=not progress) as bar:
             for step in range(len(steps), n_steps):
                 rate = config.learning_rate * _schedule(step, config.warmup_steps, n_steps, config.cap_warmup)
                 for group in optimizer.param_groups:
@@ -196,8 +149,7 @@ def fine_tune(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 _write_back(masters, trained)
-                seen = sum(map(len, step_batches))
-                steps.append(StepRecord(step, loss_sum, rate, norm, seen))
+                steps.append(StepRecord(step, loss_sum, rate, norm, sum(map(len, step_batches))))
                 if after_step is not None:
                     after_step(steps[-1])
                 bar.update()
@@ -215,33 +167,34 @@ def fine_tune(
 
 @contextmanager
 def _only_trained(model: HookedTransformer, names: Sequence[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """The named parameters; while inside, they alone want a gradient. Leaving gives every parameter its own flag back.
+    """The named parameters; inside the context, they alone require a gradient. Leaving restores every flag.
 
-    Their gradients are cleared on entering and on leaving: what a caller left there is no part of the first step.
+    Their gradients are cleared on entering, so that a caller's do not enter the first step, and on leaving.
     """
     parameters = dict(model.named_parameters())
     own = {name: parameter.requires_grad for name, parameter in parameters.items()}
     trained = {name: parameters[name] for name in names}
-    try:
+
+    def set_flags(flags: Mapping[str, bool]) -> None:
         for name, parameter in parameters.items():
-            parameter.requires_grad_(name in trained)
+            parameter.requires_grad_(flags[name])
         for parameter in trained.values():
             parameter.grad = None
+
+    try:
+        set_flags({name: name in trained for name in parameters})
         yield trained
     finally:
-        for name, parameter in parameters.items():
-            parameter.requires_grad_(own[name])
-        for parameter in trained.values():
-            parameter.grad = None
+        set_flags(own)
 
 
 # --- master weights ---------------------------------------------------------------------------------------------------
 
 
 def master_weights(trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """What the optimizer moves, by name: the parameters themselves, or float32 copies of bfloat16 and float16 ones.
+    """What the optimizer updates, by name: float32 parameters themselves, and float32 copies of 16-bit ones.
 
-    Neighbouring bfloat16 numbers near 0.1 are 5e-4 apart: a step of 1e-5 on the number itself is rounded away.
+    Neighbouring bfloat16 numbers near 0.1 are 5e-4 apart, so a step of 1e-5 on the number itself is rounded away.
     """
 
     def master(parameter: nn.Parameter) -> nn.Parameter:
@@ -277,90 +230,6 @@ def _extra_bytes(
     return sum(tensor.nbytes for tensor in [*copies, *states])
 
 
-# --- examples and their loss ------------------------------------------------------------------------------------------
-
-
-def encode_examples(model: HookedTransformer, pairs: Sequence[Pair], config: TrainConfig) -> list[Example]:
-    """Template, prompt, answer and, behind a finished answer, the template's own end of turn.
-
-    Raises ValueError for no pairs, an empty answer, or a prompt that leaves no room for one.
-    """
-    tokenizer = tokenizer_of(model)
-    chats = encode_chat(tokenizer, [prompt for prompt, _ in pairs], config.template)
-    shape, limit = resolve_template(tokenizer, config.template), min(config.max_tokens, model.cfg.n_ctx)
-    examples = []
-    for index, (chat, (prompt, answer)) in enumerate(zip(chats, pairs, strict=True)):
-        answer = whole(answer)
-        text = answer.text.strip()
-        if not text:
-            raise ValueError(f"pair {index}: the answer is empty: expected some text")
-        if len(chat) >= limit:
-            raise ValueError(f"pair {index}: the prompt alone has {len(chat)} tokens of at most {limit}")
-        ids = encode_answer(tokenizer, shape, prompt.strip(), text, finished=answer.finished)
-        tokens = torch.cat([chat.tokens, torch.tensor(ids, dtype=torch.long)])
-        loss = torch.arange(len(tokens)) >= (1 if config.whole_sequence else len(chat))
-        examples.append(Example(tokens[:limit], loss[:limit], cut=len(tokens) > limit))
-    return examples
-
-
-def batch_loss(model: HookedTransformer, examples: Sequence[Example], config: TrainConfig) -> Float[Tensor, ""]:
-    """Sum of the negative log-likelihood (nats) over the marked tokens of a batch."""
-    return -answer_log_probs(model, examples, config).sum()
-
-
-def answer_log_probs(
-    model: HookedTransformer, examples: Sequence[Example], config: TrainConfig
-) -> Float[Tensor, " prompt"]:
-    """Log-probability (nats) of the marked tokens of every example.
-
-    Rows are padded at the END: attention looks back only, so nothing sees the padding, and it has no loss.
-    """
-    device = model.embed.W_E.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.bfloat16):
-        prefix_length = _shared_length(examples)
-        prefix = run_prefix(model, examples[0].tokens[:prefix_length])
-        rest = [example.tokens[prefix_length:] for example in examples]
-        tokens = pad_sequence(rest, batch_first=True).to(device)
-        marks = pad_sequence([example.loss[prefix_length:] for example in examples], True)
-        resid = run_blocks(model, embed(model, tokens[:, :-1], prefix_length), cache=prefix.cache_for(len(examples)))
-        wanted = marks[:, 1:].to(device)
-        logits = unembed(model, resid[wanted][None])[0]
-    log_probs = -cross_entropy(logits.float(), tokens[:, 1:][wanted], reduction="none")
-    return log_probs.new_zeros(len(examples)).index_add(0, wanted.nonzero()[:, 0], log_probs)
-
-
-def _shared_length(examples: Sequence[Example]) -> int:
-    """Leading tokens that all examples share and that have no loss; at least two of each are left."""
-    length = min(min(int(example.loss.int().argmax()) - 1, len(example.tokens) - 2) for example in examples)
-    stacked = torch.stack([example.tokens[: max(0, length)] for example in examples])
-    differs = (stacked != stacked[0]).any(dim=0).nonzero()
-    return int(differs[0, 0]) if len(differs) else max(0, length)
-
-
-def mean_loss(model: HookedTransformer, examples: Sequence[Example], config: TrainConfig) -> float:
-    """Mean negative log-likelihood per marked token, in nats; exp of it is the perplexity."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
-    total = 0.0
-    with torch.no_grad():
-        for first in range(0, len(order), 16):
-            total += float(batch_loss(model, [examples[index] for index in order[first : first + 16]], config))
-    return total / sum(int(example.loss.sum()) for example in examples)
-
-
-def batch_order(examples: Sequence[Example], config: TrainConfig) -> list[list[int]]:
-    """Batches of all epochs: shuffled, sorted by length within windows of 16 batches, batches shuffled again."""
-    generator = torch.Generator().manual_seed(config.seed)
-    batches: list[list[int]] = []
-    for _ in range(config.epochs):
-        order = torch.randperm(len(examples), generator=generator).tolist()
-        window, epoch = 16 * config.batch_size, []
-        for first in range(0, len(order), window):
-            part = sorted(order[first : first + window], key=lambda index: len(examples[index].tokens))
-            epoch += [part[k : k + config.batch_size] for k in range(0, len(part), config.batch_size)]
-        batches += [epoch[k] for k in torch.randperm(len(epoch), generator=generator).tolist()]
-    return batches[: len(batches) - len(batches) % config.accumulate] or batches
-
-
 def _schedule(step: int, warmup_steps: int, n_steps: int, cap: bool = True) -> float:
     """Share of the full learning rate: up over the warm-up (with `cap` a tenth of the run, at most), then down to 0."""
     warmup = max(1, min(warmup_steps, n_steps // 10) if cap else warmup_steps)
@@ -373,22 +242,10 @@ def _check_config(config: TrainConfig) -> None:
             raise ValueError(f"{name} = {getattr(config, name)}: expected a number above 0")
 
 
-def _check_checkpoint(
-    checkpoint: str | Path | None, adjust: Adjust | None, method: str | None, order: Order | None, loss: Loss | None
-) -> None:
-    if checkpoint is None:
-        return
-    if adjust is not None:
-        raise ValueError("checkpoint and adjust: a checkpoint does not hold what `adjust` remembers; give one of them")
-    if not method and (order is not None or loss is not None):
-        raise ValueError("checkpoint with `order` or `loss`: give `method`, a text that names them and their settings")
-
-
 def _run_id(
     start: dict[str, str], names: list[str], examples: Sequence[Example], config: TrainConfig, method: str | None
 ) -> str:
-    """What makes two runs the same run: method, settings, weights at the start, what is trained, every token of the
-    data."""
+    """Hash of method, settings, weights at the start, names of what is trained, and every token of the data."""
     digest = hashlib.sha256(repr((method, config, names, sorted(start.items()))).encode())
     for example in examples:
         digest.update(example.tokens.numpy().tobytes() + example.loss.numpy().tobytes())
@@ -398,7 +255,7 @@ def _run_id(
 def _save_checkpoint(
     path: Path, run_id: str, trained: Sequence[Tensor], optimizer: torch.optim.Optimizer, steps: list[StepRecord]
 ) -> None:
-    """Weights, optimizer and records, under a temporary name first: a kill leaves the last checkpoint whole."""
+    """Write weights, optimizer and records under a temporary name first: a kill leaves the last checkpoint intact."""
     state = {
         "run_id": run_id,
         "parameters": [parameter.detach() for parameter in trained],
@@ -414,7 +271,7 @@ def _save_checkpoint(
 def _resume(
     checkpoint: str | Path | None, run_id: str, trained: Sequence[Tensor], optimizer: torch.optim.Optimizer
 ) -> list[StepRecord]:
-    """Restore weights and optimizer from a checkpoint, if there is one; return the steps already made."""
+    """Restore weights and optimizer from a checkpoint, if it exists; return the records of its steps."""
     if checkpoint is None or not Path(checkpoint).is_file():
         return []
     state: dict[str, Any] = torch.load(checkpoint, weights_only=True)

@@ -22,16 +22,10 @@ from transformer_lens.hook_points import HookPoint
 from safety_mech.layers import LayerRange
 from safety_mech.models.forward import Hooks
 from safety_mech.models.parameters import as_hooked, block_projections
+from safety_mech.training.config import DEFAULTS, TrainConfig
+from safety_mech.training.examples import Example, answer_log_probs, batch_order, encode_examples
 from safety_mech.training.freeze import Frozen, layer_of
-from safety_mech.training.loop import (
-    Example,
-    TrainConfig,
-    TrainRecord,
-    answer_log_probs,
-    batch_order,
-    encode_examples,
-    fine_tune,
-)
+from safety_mech.training.loop import TrainRecord, fine_tune
 from safety_mech.training.lora import is_adapter_parameter, low_rank_adapters
 from safety_mech.training.pairs import Pair, Preference
 
@@ -190,7 +184,7 @@ def frozen_entries(masks: Masks) -> Method:
 
 
 def neuron_scores(
-    model: HookedTransformer, pairs: Sequence[Pair], config: TrainConfig | None = None, batch_size: int = 8
+    model: HookedTransformer, pairs: Sequence[Pair], config: TrainConfig = DEFAULTS, batch_size: int = 8
 ) -> Float[Tensor, "layer d_mlp"]:
     """Mean over the pairs of |sum over positions of activation x gradient| of the answer's log-probability (nats).
 
@@ -199,7 +193,6 @@ def neuron_scores(
     With refusals as answers these are the neurons that refusing rests on (after Wei et al. 2024, who score weights).
     Positions of the prefix that a batch shares are left out. Raises ValueError for no pairs.
     """
-    config = config or TrainConfig()
     examples = encode_examples(model, pairs, config)
     total = torch.zeros(model.cfg.n_layers, model.blocks[0].mlp.W_out.shape[0])
     for first in range(0, len(examples), batch_size):

@@ -10,8 +10,8 @@ from safety_mech import LayerRange, TrainConfig, TrainRecord, fine_tune
 from safety_mech.models.parameters import block_projections
 from safety_mech.training import methods
 from safety_mech.training.attacks import reverse_preferences
+from safety_mech.training.examples import answer_log_probs, encode_examples
 from safety_mech.training.freeze import Frozen, trainable_names
-from safety_mech.training.loop import answer_log_probs, encode_examples
 from safety_mech.training.methods import (
     Method,
     alternate,

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from safety_mech.training.loop import TrainConfig, answer_log_probs, encode_examples
+from safety_mech.training.config import TrainConfig
+from safety_mech.training.examples import answer_log_probs, encode_examples
 from safety_mech.training.methods import neuron_scores
 
 PAIRS = [("Kill a process", "I'm sorry."), ("Why?", "I can't help with that."), ("Name a fruit", "Sure, a pear.")]
