@@ -770,8 +770,8 @@ MUTANTS = (
         "second_seed_is_design",
         "planted.py",
         "order",
-        "seed == config.seeds[0]\n",
-        "seed == config.seeds[-1]\n",
+        "and seed == config.seeds[0]\n",
+        "and seed == config.seeds[-1]\n",
         "planted_command",
     ),
     Mutant(

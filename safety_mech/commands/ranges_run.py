@@ -229,7 +229,8 @@ def overlaps(answers: dict[Condition, Answer], model: str) -> dict[str, dict[str
         [(name, iou) for name, ious in groups.items() for iou in ious], columns=pd.Index(["pair", "iou"])
     )
     of_groups = table.groupby("pair", sort=False)["iou"]
-    return of_groups.agg(mean="mean", least="min", greatest="max", pairs="count").to_dict(orient="index")
+    summary = pd.DataFrame(of_groups.agg(mean="mean", least="min", greatest="max", pairs="count"))
+    return {str(name): dict(part) for name, part in summary.to_dict(orient="index").items()}
 
 
 def overlap_table(agreement: dict[str, dict[str, float]], answers: dict[Condition, Answer], model: str) -> str:
