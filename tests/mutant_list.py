@@ -709,7 +709,7 @@ MUTANTS = (
     # commands
     Mutant(
         "base_answers_of_other_prompts",
-        "align.py",
+        "align_run.py",
         "undo",
         "config.model, prompt_hash(prompts), *map(str, settings)",
         "config.model, *map(str, settings)",
@@ -717,7 +717,7 @@ MUTANTS = (
     ),
     Mutant(
         "perplexity_ratio_inverted",
-        "align.py",
+        "align_run.py",
         "order",
         'after["perplexity"] / before["perplexity"] - 1',
         'before["perplexity"] / after["perplexity"] - 1',
@@ -766,21 +766,21 @@ MUTANTS = (
         "second_seed_is_design",
         "planted.py",
         "order",
-        "seed == config.seeds[0]\n",
-        "seed == config.seeds[-1]\n",
+        "and seed == config.seeds[0]\n",
+        "and seed == config.seeds[-1]\n",
         "planted_command",
     ),
     Mutant(
         "slow_methods_on_second_seeds",
         "planted.py",
         "sign",
-        "organism.seed != config.seeds[0]",
-        "organism.seed == config.seeds[0]",
+        "first = organism.seed == config.seeds[0]",
+        "first = organism.seed != config.seeds[0]",
         "planted_command",
     ),
     Mutant(
         "organism_at_the_limit",
-        "planted_report.py",
+        "planted.py",
         "bound",
         "self.normal <= MOST_NORMAL",
         "self.normal < MOST_NORMAL",
@@ -789,10 +789,12 @@ MUTANTS = (
     Mutant(
         "errors_with_sign", "planted_report.py", "undo", "[abs(error) for error", "[error for error", "planted_command"
     ),
-    Mutant("two_factors_differ", "ranges.py", "bound", "len(differing) == 1", "len(differing) <= 2", "ranges_command"),
+    Mutant(
+        "two_factors_differ", "ranges_run.py", "bound", "len(differing) == 1", "len(differing) <= 2", "ranges_command"
+    ),
     Mutant(
         "side_reversed",
-        "ranges.py",
+        "ranges_run.py",
         "sign",
         'condition.alpha == "above"',
         'condition.alpha != "above"',

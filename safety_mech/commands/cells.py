@@ -17,6 +17,7 @@ from safety_mech.localization import alpha, locators, safety_layers, sufficiency
 from safety_mech.localization.locators import BASE_METHODS, LOCATORS, base_locators
 from safety_mech.localization.measurements import Located, Measurements, PromptSets, attempt
 from safety_mech.models.sources import BASE_OF, model_fingerprint
+from safety_mech.prompts import draw, draw_pairs
 from safety_mech.refusal import log_odds, text
 from safety_mech.reporting.runs import cached_json, cell_path, content_hash, plain
 
@@ -27,6 +28,25 @@ LOCATOR_MODULES = (alpha, locators, log_odds, onset, safety_layers, sufficiency,
 def base_of(model: str, base: str | None) -> str | None:
     """The name of the model before alignment; "auto": known for built-in models, None for others."""
     return BASE_OF.get(model) if base == "auto" else base
+
+
+def draw_sets(
+    normal: str, malicious: str, over_rejection: str, n_prompts: int, n_over_rejection: int, template: str, seed: int
+) -> tuple[PromptSets, dict[str, list[int]]]:
+    """What locators look at, with pairs of the test split, and by source the rows that were drawn."""
+    counts = {normal: n_prompts, malicious: n_prompts, over_rejection: n_over_rejection}
+    drawn = {source: draw(source, count, seed) for source, count in counts.items()}
+    pairs, rows = draw_pairs("test", n_prompts, seed)
+    prompts = PromptSets(
+        drawn[normal].prompts,
+        drawn[malicious].prompts,
+        drawn[over_rejection].prompts,
+        pairs,
+        drawn[over_rejection].clusters,
+        template,
+        seed=seed,
+    )
+    return prompts, {source: part.ids for source, part in drawn.items()} | {"pairs": rows}
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,19 @@ from safety_mech.reporting.runs import check_writable
 TEMPLATES = ("own", "alpaca", "alpaca_short")
 RECIPES = ("attn_out", "mlp_out", "weights", "weights_no_o")
 DTYPES = ("float32", "bfloat16", "float16")
+LOCATORS = (
+    "gap",
+    "search",
+    "search_below",
+    "search_weights",
+    "grid",
+    "direction",
+    "patching",
+    "decision",
+    "decision_window",
+    "margin_attn",
+)
+BASE_METHODS = ("gap_difference", "weight_change", "swap")
 DEVICE = re.compile(r"(cpu|mps|(cuda|xpu|hip)(:\d+)?)")
 
 
@@ -21,6 +34,20 @@ def check_choice(name: str, value: str, known: Iterable[str]) -> None:
     """Raise ValueError for a value that is not among `known`."""
     if value not in known:
         raise ValueError(f"{name} {value!r}: expected one of {', '.join(known)}")
+
+
+def check_methods(methods: Iterable[str], known: Sequence[str] = (*LOCATORS, *BASE_METHODS)) -> None:
+    """Raise ValueError for a locator that is not among `known`."""
+    for method in methods:
+        if method not in known:
+            raise ValueError(f"method {method!r}: expected some of {', '.join(known)}")
+
+
+def check_at_least(least: int, **counts: int) -> None:
+    """Raise ValueError for the first count below `least`."""
+    for name, count in counts.items():
+        if count < least:
+            raise ValueError(f"{name} = {count}: expected at least {least}")
 
 
 def check_rising(name: str, numbers: Sequence[int]) -> None:
@@ -42,10 +69,10 @@ def check_alpha(alpha: float | str) -> None:
 def check_model(
     *,
     model: str,
-    template: str,
-    device: str | None,
-    dtype: str,
     out: str,
+    template: str = "own",
+    device: str | None = None,
+    dtype: str = "float32",
     adapter: str | None = None,
     base: str | None = None,
 ) -> None:

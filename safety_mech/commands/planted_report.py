@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from safety_mech.commands.cells import Answer
+from safety_mech.commands.checks import BASE_METHODS, LOCATORS
+from safety_mech.commands.planted import Organism, Role
+from safety_mech.commands.publish import table_text
 from safety_mech.layers import LayerRange
-from safety_mech.localization.locators import BASE_METHODS, LOCATORS
 from safety_mech.localization.sufficiency import SUFFICIENT_SHARE, Transplants
-from safety_mech.reporting import html as report
-from safety_mech.reporting.html import Section, report_page
 from safety_mech.reporting.plots import BLUE, ORANGE, new_figure
 from safety_mech.stats import (
     Estimate,
@@ -26,33 +25,10 @@ from safety_mech.stats import (
     slope,
 )
 
-Role = Literal["design", "held out", "unlisted"]
 GUESSES = ("middle third", "random range")
-"""Baselines: what one may guess without looking at the model."""
+"""Baselines that do not look at the model."""
 ORACLES = {f"sufficient {share:.0%}": share for share in (SUFFICIENT_SHARE, 0.95)}
-"""What a locator would get that knows the minimal sufficient range for this share, and not what was trained."""
-LEAST_MALICIOUS, MOST_NORMAL = 0.9, 0.05
-"""Refusal rates that an organism must reach to count (those of the aligned model)."""
-
-
-@dataclass(frozen=True)
-class Organism:
-    """One adapter: where refusals were planted, whether it may be looked at, and how it refuses."""
-
-    folder: Path
-    planted: LayerRange
-    seed: int
-    role: Role
-    malicious: float
-    normal: float
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
-
-    @property
-    def passes(self) -> bool:
-        return self.malicious >= LEAST_MALICIOUS and self.normal <= MOST_NORMAL
+"""IoU of a locator that knows the minimal sufficient range for this share, and not what was trained."""
 
 
 @dataclass(frozen=True)
@@ -110,36 +86,35 @@ def organism_record(cell: Cell) -> dict[str, Any]:
 
 
 def organism_table(cells: Sequence[Cell]) -> str:
-    """How every organism refuses, and which part of what was planted suffices."""
-    lines = [
-        f"{'organism':<24}{'planted':<10}{'seed':>4}  {'role':<10}{'refused: malicious':>18}{'normal':>8}"
-        + "".join(f"{name:>16}" for name in ORACLES)
-        + "  best layer alone",
-    ]
-    for o, cell in by_organism(cells).items():
-        found = cell.transplants
-        row = f"{o.name:<24}{o.planted!s:<10}{o.seed:>4}  {o.role:<10}{o.malicious:>18.1%}{o.normal:>8.1%}"
-        if found:
-            row += "".join(f"{found.minimal_sufficient_range(share)!s:>16}" for share in ORACLES.values())
-            layer, share = found.best_single
-            row += f"  {layer} ({share:.0%} of {found.gained:.1f} nats)"
-        lines.append(row + ("" if o.passes else "  does not pass: not in the summary"))
-    lines.append("sufficient: the narrowest range of its layers that alone gives the base this share of the margin")
-    return "\n".join(lines)
+    """How every organism refuses, and which part of the planted range suffices."""
+    rows = table_text(organism_row(organism, cell.transplants) for organism, cell in by_organism(cells).items())
+    return f"{rows}\nsufficient: the narrowest range of its layers that alone gives the base this share of the margin"
+
+
+def organism_row(organism: Organism, found: Transplants | None) -> dict[str, object]:
+    row: dict[str, object] = {"organism": organism.name, "planted": organism.planted, "seed": organism.seed}
+    row |= {"role": organism.role, "malicious": f"{organism.malicious:.1%}", "normal": f"{organism.normal:.1%}"}
+    if found:
+        row |= {name: found.minimal_sufficient_range(share) for name, share in ORACLES.items()}
+        layer, share = found.best_single
+        row["best layer alone"] = f"{layer} ({share:.0%} of {found.gained:.1f} nats)"
+    return row if organism.passes else row | {"": "does not pass: not in the summary"}
 
 
 def cell_table(cells: Sequence[Cell]) -> str:
-    """Found range and IoU of every locator on every organism, and what guessing gets; empty where not run."""
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    of_organism = by_organism(cells)
-    texts = {(cell.organism, cell.method): f"{cell.range} {cell.score.iou:.2f}" for cell in cells}
-    lines = [f"{'found, IoU':<16}" + "".join(f"{f'{o.planted} s{o.seed}':>15}" for o in of_organism)]
-    for method in methods:
-        lines.append(f"{method:<16}" + "".join(f"{texts.get((o, method), ''):>15}" for o in of_organism))
+    """Range and IoU of every locator on every organism, and the IoU of guesses and oracles; empty where not run."""
+    rows: dict[str, dict[str, object]] = {}
+    for cell in cells:
+        row = rows.setdefault(cell.method, {"found, IoU": cell.method})
+        row[column_of(cell.organism)] = f"{cell.range} {cell.score.iou:.2f}"
     for name in (*GUESSES, *ORACLES):
-        ious = (baseline_iou(name, cell) for cell in of_organism.values())
-        lines.append(f"{name:<16}" + "".join(f"{iou:>15.2f}" for iou in ious))
-    return "\n".join(lines)
+        ious = {column_of(organism): baseline_iou(name, cell) for organism, cell in by_organism(cells).items()}
+        rows[name] = {"found, IoU": name, **ious}
+    return table_text(rows.values())
+
+
+def column_of(organism: Organism) -> str:
+    return f"{organism.planted} s{organism.seed}"
 
 
 def baseline_iou(name: str, cell: Cell) -> float:
@@ -209,41 +184,26 @@ def mean_abs(errors: Sequence[int | None]) -> float | None:
 
 
 def summary_table(found: dict[str, dict[str, Summary]]) -> str:
-    lines = []
-    for role, table in found.items():
-        lines += [
-            f"{role} organisms: mean with 95 % interval over planted ranges",
-            f"{'locator':<16}{'n':>3}  {'IoU':<18}{'|start|':>8}{'|end|':>7}{'centre':>8}  {'IoU, sufficient':<18}"
-            f"{'r of centres':<21}{'slope of centres':<21}",
-        ]
-        for method, row in table.items():
-            errors = [row.get("start_error"), row.get("end_error")]
-            texts = ["" if error is None else f"{error:.1f}" for error in errors]
-            hits = f"{row['centre_hits']}/{row['organisms']}" if "centre_hits" in row else ""
-            centres = f"{row.get('sufficient_iou', '')!s:<18}"
-            centres += "".join(f"{row[name]!s:<21}" for name in ("correlation", "slope") if name in row)
-            head = f"{method:<16}{row['organisms']:>3}  {row['iou']!s:<18}{texts[0]:>8}{texts[1]:>7}{hits:>8}  "
-            lines.append((head + centres).rstrip())
-        lines.append("")
-    return "\n".join(lines).rstrip()
+    return "\n\n".join(
+        f"{role} organisms: mean with 95 % interval over planted ranges\n"
+        + table_text(summary_row(name, row) for name, row in table.items())
+        for role, table in found.items()
+    )
 
 
-def page_of(
-    config: Any,
-    found: dict[str, dict[str, Summary]],
-    text: str,
-    figures: dict[str, Figure],
-    prompt_hashes: dict[str, str],
-) -> str:
-    ranges = "Found and planted layers, a panel a locator, a column an organism"
-    scores = "Scores by layer, a row an organism, a column a locator; the planted range is shaded"
-    sections = [
-        Section("Found against planted", [report.figure(figures["ranges"], ranges, wide=True)]),
-        Section("Tables", [report.fixed_width(text)]),
-        Section("Scores", [report.figure(figures["scores"], scores, wide=True)]),
-        report.settings_section(config, prompt_hashes),
-    ]
-    return report_page("Do locators find the layers where refusals were planted?", lead_of(found), sections)
+def summary_row(name: str, row: Summary) -> dict[str, object]:
+    """Guesses and oracles have an IoU only; a locator's errors are in layers."""
+    errors = {"|start|": row.get("start_error"), "|end|": row.get("end_error")}
+    return {
+        "locator": name,
+        "n": row["organisms"],
+        "IoU": row["iou"],
+        **{end: None if error is None else f"{error:.1f}" for end, error in errors.items()},
+        "centre": f"{row['centre_hits']}/{row['organisms']}" if "centre_hits" in row else None,
+        "IoU, sufficient": row.get("sufficient_iou"),
+        "r of centres": row.get("correlation"),
+        "slope of centres": row.get("slope"),
+    }
 
 
 def lead_of(found: dict[str, dict[str, Summary]]) -> str:
@@ -259,7 +219,7 @@ def lead_of(found: dict[str, dict[str, Summary]]) -> str:
 
 
 def plot_ranges(cells: Sequence[Cell], n_layers: int) -> Figure:
-    """One panel a locator: what was planted (wide, grey) and what was found (narrow), an organism a column."""
+    """One panel per locator, one column per organism: the planted range (wide, grey) and the found one (narrow)."""
     methods = list(dict.fromkeys(cell.method for cell in cells))
     organisms = sorted({cell.organism for cell in cells}, key=lambda o: (o.planted.centre, o.planted.width, o.seed))
     columns = min(4, len(methods))
@@ -278,7 +238,7 @@ def plot_ranges(cells: Sequence[Cell], n_layers: int) -> Figure:
             elif organism in found:
                 ax.text(x, -0.3, "none", rotation=90, ha="center", va="bottom", fontsize=6)
         ax.set_title(method, fontsize=9)
-        ax.set_xticks(range(len(organisms)), [f"{o.planted} s{o.seed}" for o in organisms], rotation=90, fontsize=6)
+        ax.set_xticks(range(len(organisms)), [column_of(o) for o in organisms], rotation=90, fontsize=6)
         ax.set_ylim(-0.6, n_layers - 0.4)
         ax.set_ylabel("layer", fontsize=8)
     figure.suptitle(
@@ -313,7 +273,7 @@ def plot_scores(cells: Sequence[Cell], n_layers: int) -> Figure:
         if index < len(methods):
             ax.set_title(method, fontsize=7)
         if index % len(methods) == 0:
-            ax.set_ylabel(f"{organism.planted} s{organism.seed}", fontsize=6)
+            ax.set_ylabel(column_of(organism), fontsize=6)
     figure.suptitle(
         "scores by layer (each from its least to its greatest); shaded: planted; bar below: found", fontsize=8
     )

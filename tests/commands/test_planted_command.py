@@ -142,7 +142,7 @@ def test_bad_input_is_refused_before_anything_is_made(config_for, changes, messa
 def cell(truth: str, found: str | None, seed: int = 0, method: str = "m", passes: bool = True):
     role = "design" if seed == 0 else "held out"
     rates = (0.95, 0.02) if passes else (0.5, 0.02)
-    organism = planted_report.Organism(Path(f"o-{truth}-{seed}"), sm.LayerRange.parse(truth), seed, role, *rates)
+    organism = planted.Organism(Path(f"o-{truth}-{seed}"), sm.LayerRange.parse(truth), seed, role, *rates)
     located = Located(method, sm.LayerRange.parse(found) if found else None, torch.zeros(30).double())
     answer = Answer(located, "", 1.0, 30)
     return planted_report.Cell(organism, carried_by({organism.planted: 1.0}), method, answer)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import safety_mech as sm
-from safety_mech.commands import ranges
+from safety_mech.commands import ranges, ranges_run
 
 pytestmark = pytest.mark.usefixtures("short_alpha_curve")
 
@@ -58,7 +58,7 @@ def test_every_condition_has_an_answer_and_a_line(
 @pytest.mark.whole_run
 def test_a_finished_search_is_not_run_again(config_for: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
     first = (ranges.main(config_for()) / "table.txt").read_text()
-    monkeypatch.setattr(ranges, "search", lambda *_: pytest.fail("searched again"))
+    monkeypatch.setattr(ranges_run, "search", lambda *_: pytest.fail("searched again"))
     assert (ranges.main(config_for()) / "table.txt").read_text() == first
     with pytest.raises(pytest.fail.Exception, match="searched again"):  # control: another seed is another search
         ranges.main(config_for(seed=1))
@@ -71,14 +71,14 @@ def test_no_gap_is_an_answer(config_for: Callable[..., object]) -> None:
 
 def answer(found: sm.LayerRange | None) -> object:
     best = found or sm.LayerRange(0, 0)
-    return ranges.Answer(found, best, None, 1.2, (0, 1), (2, 3), 0.5, 0.0, 0.2, "found")
+    return ranges_run.Answer(found, best, None, 1.2, (0, 1), (2, 3), 0.5, 0.0, 0.2, "found")
 
 
 def test_overlaps_by_hand() -> None:
-    conditions = [ranges.Condition("m", "attn_out", *rest, "own", "set") for rest in SIDES]
+    conditions = [ranges_run.Condition("m", "attn_out", *rest, "own", "set") for rest in SIDES]
     found = [sm.LayerRange(0, 3), sm.LayerRange(2, 5), sm.LayerRange(0, 3), None]
     answers = {c: answer(layers) for c, layers in zip(conditions, found, strict=True)}
-    parts = ranges.overlaps(answers, "m")
+    parts = ranges_run.overlaps(answers, "m")
     every = {"mean": pytest.approx((2 / 6 + 1 + 2 / 6) / 3), "least": 2 / 6, "greatest": 1.0, "pairs": 3}
     assert parts["all pairs"] == every
     assert parts["only alpha differs"]["mean"] == 1.0

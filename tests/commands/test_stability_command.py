@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import safety_mech as sm
-from safety_mech.commands import stability
+from safety_mech.commands import stability, stability_run
 from safety_mech.commands.cells import Answer
 from safety_mech.localization.measurements import Located, PromptSets
 
@@ -50,10 +50,10 @@ def test_every_method_at_every_place_and_not_twice(config_for, monkeypatch):
 
 def test_halves_are_disjoint_and_whole():
     prompts = PromptSets([f"n{i}" for i in range(9)], [f"m{i}" for i in range(8)])
-    first, second = (stability.half_of(prompts, 3, side) for side in (0, 1))
+    first, second = (stability_run.half_of(prompts, 3, side) for side in (0, 1))
     assert sorted([*first.normal, *second.normal]) == sorted(prompts.normal)
     assert not set(first.malicious) & set(second.malicious)
-    assert stability.half_of(prompts, 4, 0).normal != first.normal
+    assert stability_run.half_of(prompts, 4, 0).normal != first.normal
 
 
 def test_overlaps_by_hand():
@@ -61,10 +61,7 @@ def test_overlaps_by_hand():
         found = Located("m", sm.LayerRange(start, end), torch.zeros(9).double(), samples or Counter())
         return Answer(found, "", 1.0, 9)
 
-    places = [
-        stability.Place(name, PromptSets([], []))
-        for name in ("set a b", "set c d", "template alpaca", "half 1a", "half 1b", "half 2a", "half 2b")
-    ]
+    places = ("set a b", "set c d", "template alpaca", "half 1a", "half 1b", "half 2a", "half 2b")
     drawn = Counter({sm.LayerRange(0, 3): 2, sm.LayerRange(2, 5): 1})
     found = [
         located(0, 3, drawn),
@@ -75,8 +72,8 @@ def test_overlaps_by_hand():
         located(0, 0),
         located(5, 5),
     ]
-    answers = {("m", place.name): answer for place, answer in zip(places, found, strict=True)}
-    rows = {row.comparison: row for row in stability.overlaps("m", answers, places, stability.StabilityConfig())}
+    answers = dict(zip(places, found, strict=True))
+    rows = {row.comparison: row for row in stability_run.overlaps("m", answers)}
     assert rows["bootstrap of the prompts"].iou.value == pytest.approx((1 + 2 / 6 + 2 / 6) / 3)
     assert rows["bootstrap of the prompts"].answers == ("[0, 3] x2", "[2, 5] x1")
     assert rows["disjoint halves"].iou.value == 0.5
@@ -90,7 +87,7 @@ def test_overlaps_by_hand():
     [
         ({"methods": ("magic",)}, "method 'magic': expected some of"),
         ({"normal_sets": ("normal:test", "normal:train")}, "2 normal and 1 malicious sets"),
-        ({"n_prompts": 3}, "expected n_prompts >= 8"),
+        ({"n_prompts": 3}, "n_prompts = 3: expected at least 8"),
         ({"templates": ("poem",)}, "template 'poem'"),
         ({"malicious_sets": ("absent.csv",)}, "no such file"),
     ],

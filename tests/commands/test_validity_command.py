@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import safety_mech as sm
-from safety_mech.commands import validity
+from safety_mech.commands import validity, validity_run
 from safety_mech.divergence.angles import GapStatistic
 from safety_mech.divergence.controls import Matched
 
@@ -70,7 +70,7 @@ def test_without_a_base_the_same_numbers_twice(config_for):
     assert "base" not in first
 
 
-def curves(gap: float, spread: float, null: float) -> validity.ModelCurves:
+def curves(gap: float, spread: float, null: float) -> validity_run.ModelCurves:
     """One layer, three draws."""
 
     def curve(at: float) -> GapStatistic:
@@ -79,11 +79,11 @@ def curves(gap: float, spread: float, null: float) -> validity.ModelCurves:
         return GapStatistic(middle, low, high, torch.zeros(1).double(), 0.0, draws, shuffled)
 
     topics = torch.full((4, 1), 3 * null).double()
-    return validity.ModelCurves(curve(gap), curve(gap / 2), curve(gap / 4), halves=topics, single=2 * topics)
+    return validity_run.ModelCurves(curve(gap), curve(gap / 2), curve(gap / 4), halves=topics, single=2 * topics)
 
 
 def test_what_is_left_by_hand():
-    rows = validity.survivals(curves(8.0, 1.0, 0.5), curves(2.0, 0.0, 0.5), 0)
+    rows = validity_run.survivals(curves(8.0, 1.0, 0.5), curves(2.0, 0.0, 0.5), 0)
     left = {row.control: row.left.value for row in rows}
     assert left["none: the raw gap"] == 8.0
     assert left["shuffled labels"] == 7.5
@@ -114,7 +114,8 @@ def test_the_statistic_is_that_of_all_controls(config_for, tiny_model, monkeypat
     sets = validity.check_and_load(config_for())
     matched = Matched(((0, 1), (1, 0), (2, 2)), 0.0, 0.0, 0.0, 0.0)
     found = {
-        name: validity.measure(tiny_model, sets, matched, config_for(statistic=name)) for name in ("paper", "symmetric")
+        name: validity_run.measure(tiny_model, sets, matched, config_for(statistic=name))
+        for name in ("paper", "symmetric")
     }
     curve = sm.gap_curve(
         *(residuals(None, part) for part in (sets.normal, sets.malicious)), bootstrap=5, permutations=5
@@ -125,7 +126,7 @@ def test_the_statistic_is_that_of_all_controls(config_for, tiny_model, monkeypat
         assert not torch.allclose(getattr(found["paper"], part).gap, getattr(found["symmetric"], part).gap)
     for part in ("halves", "single"):
         assert not torch.allclose(getattr(found["paper"], part), getattr(found["symmetric"], part))
-    rows = validity.survivals(found["symmetric"], None, 0, "symmetric")
+    rows = validity_run.survivals(found["symmetric"], None, 0, "symmetric")
     assert rows[1].control == "spread alone (reflected prompts)"
 
 
@@ -133,7 +134,7 @@ def test_the_statistic_is_that_of_all_controls(config_for, tiny_model, monkeypat
     ("changes", "message"),
     [
         ({"template": "poem"}, "template 'poem'"),
-        ({"splits": 2}, "expected at least 3 of each"),
+        ({"splits": 2}, "splits = 2: expected at least 3"),
         ({"normal": "absent.txt"}, "no such file"),
         ({"topics": "dev"}, "split 'dev'"),
     ],

@@ -1,0 +1,62 @@
+"""What commands print and leave behind: aligned tables, and a run's folder with its table and page."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from safety_mech.reporting.html import Section, report_page, settings_section
+from safety_mech.reporting.runs import write_run
+
+
+def table_text(rows: Iterable[Mapping[str, object]]) -> str:
+    """Rows as aligned columns, headed by their keys. Floats get two decimals; a missing or None cell is empty."""
+    frame = pd.DataFrame([{name: _cell(value) for name, value in row.items()} for row in rows]).fillna("")
+    formats = {name: f"{{:<{frame[name].str.len().max() + 1}}}".format for name in frame}
+    lines = frame.to_string(index=False, justify="left", formatters=formats).splitlines()
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def publish(
+    experiment: str,
+    config: Any,
+    text: str,
+    *,
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    metrics: Mapping[str, Any],
+    prompt_hashes: Mapping[str, str],
+    tensors: Mapping[str, Tensor] | None = None,
+    figures: Mapping[str, Figure] | None = None,
+) -> Path:
+    """Print a run's table, and write its folder with table.txt and report.html. Returns the folder.
+
+    Args:
+        config: a dataclass with the fields model and out.
+        sections: of the page; its last one, the settings, is added here.
+        metrics: of metrics.json; the prompt hashes are added here where it has none.
+    """
+    print(f"\n{text}")
+    page = report_page(title, lead, [*sections, settings_section(config, prompt_hashes)])
+    folder = write_run(
+        config.out,
+        experiment,
+        config.model,
+        config=config,
+        metrics={"prompt_hashes": prompt_hashes, **metrics},
+        tensors=tensors,
+        figures=figures,
+        texts={"table.txt": text + "\n", "report.html": page},
+    )
+    print(f"written: {folder}/ ({', '.join(sorted(path.name for path in folder.iterdir()))})")
+    return folder
