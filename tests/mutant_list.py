@@ -666,7 +666,7 @@ MUTANTS = (
         '"degenerate output" if is_degenerate(answer) else "refuses" if is_refusal(answer)',
         '"refuses" if is_refusal(answer) else "degenerate output" if is_degenerate(answer)',
     ),
-    Mutant("empty_sections_shown", "html.py", "bound", " if section.blocks]", "]"),
+    Mutant("empty_sections_shown", "html.py", "bound", " if part.blocks]", "]"),
     Mutant(
         "answers_exchanged", "locate_report.py", "order", "zip(prompts, before, after,", "zip(prompts, after, before,"
     ),

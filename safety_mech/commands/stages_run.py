@@ -1,5 +1,6 @@
 """What `python experiments/stages.py` measures, and the folder that it writes."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page
 from safety_mech.reporting.plots import plot_attention, plot_contrastive_pair, plot_word_shares
 from safety_mech.reporting.runs import write_run
+from safety_mech.reporting.tables import text_table
 
 
 @dataclass(frozen=True)
@@ -139,33 +141,29 @@ def change_of(
 
 def share_table(name: str, shares: WordShares) -> str:
     """One line a layer, in per cent of the attention over the question; last column: of all attention."""
-    lines = [f"{name}: {len(shares.shares)} prompts, share of the attention over the question (%)"]
-    lines.append(f"{'layer':>7}" + "".join(f"{kind:>13}" for kind in KINDS) + f"{'first token':>13}{'question':>10}")
-    for layer in range(shares.n_layers):
-        cells = [*shares.shares[:, layer].mean(dim=0).tolist(), float(shares.first[:, layer].mean())]
-        lines.append(
-            f"{layer:>7}" + "".join(f"{cell:>13.1%}" for cell in cells) + f"{shares.question[:, layer].mean():>10.1%}"
-        )
-    equal = [*shares.uniform.mean(dim=0).tolist(), float(shares.first_uniform.mean())]
-    lines.append(f"{'equal':>7}" + "".join(f"{cell:>13.1%}" for cell in equal))
-    return "\n".join(lines) + "\n"
+
+    def row(label: str, values: Iterable[Tensor]) -> list[str]:
+        return [label, *(f"{float(value):.1%}" for value in values)]
+
+    rows = [
+        row(str(layer), [*shares.shares[:, layer].mean(0), shares.first[:, layer].mean(), question])
+        for layer, question in enumerate(shares.question.mean(0))
+    ]
+    rows.append([*row("equal", [*shares.uniform.mean(0), shares.first_uniform.mean()]), ""])
+    head = f"{name}: {len(shares.shares)} prompts, share of the attention over the question (%)\n"
+    return head + text_table(["layer", *KINDS, "first token", "question"], rows) + "\n"
 
 
 def change_table(changes: dict[str, dict[str, Change]], before: sm.LayerRange, after: sm.LayerRange) -> str:
     """Every kind for the prompt sets as they are; for the variants and the base only content words among words."""
     rows = [
-        (name, kind, part)
+        [name, kind, *(f"{share:.1%}" for share in (part.before, part.after, part.uniform)), interval_of(part)]
         for name, kinds in changes.items()
         for kind, part in kinds.items()
         if "," not in name or kind == "content of words"
     ]
-    width = max(len(name) for name in changes) + 2
-    head = f"{'':<{width}}{'kind':<18}{f'layers {before}':>16}{f'layers {after}':>16}{'equal':>8}"
-    lines = [head + "  change, 95 % interval"]
-    for name, kind, part in rows:
-        line = f"{name:<{width}}{kind:<18}{part.before:>16.1%}{part.after:>16.1%}{part.uniform:>8.1%}"
-        lines.append(f"{line}  {interval_of(part)}")
-    return "\n".join(lines) + "\n"
+    head = ["prompts", "kind", f"layers {before}", f"layers {after}", "equal", "change, 95 % interval"]
+    return text_table(head, rows) + "\n"
 
 
 def change_sentence(change: Change, before: sm.LayerRange, after: sm.LayerRange) -> str:

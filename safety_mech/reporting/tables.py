@@ -1,6 +1,9 @@
 """Tables and sentences for the terminal: numbers in, text out."""
 
 from collections import Counter
+from collections.abc import Sequence
+
+import pandas as pd
 
 from safety_mech.divergence.angles import GapCurve, GapDifference, GapStatistic, SymmetricGap
 from safety_mech.divergence.resampling import Statistic
@@ -10,25 +13,37 @@ from safety_mech.localization.safety_layers import SafetyLayers
 from safety_mech.localization.search import Sweep
 
 
+def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], barred: Sequence[bool] = ()) -> str:
+    """Right-aligned columns under their heads, and a bar behind the rows that are `barred`."""
+    spaced = [[row[0], *(f" {cell}" for cell in row[1:])] for row in (head, *rows)]
+    first, *lines = pd.DataFrame(spaced[1:], columns=pd.Index(spaced[0])).to_string(index=False).splitlines()
+    bars = barred or [False] * len(rows)
+    return "\n".join([first, *(line + " |" * bar for line, bar in zip(lines, bars, strict=True))])
+
+
 def gap_table(curve: GapCurve, initial: LayerRange | None) -> str:
-    """One line a layer; layers of the initial range carry a bar."""
-    bounds = f"{curve.level:.0%} interval"
-    symmetric = f"{'symmetric':>9}  {bounds:>16}  {'spread':>6}  {'p':>6}"
-    paper = f"{'gap (deg)':>9}  {bounds:>16}  {'p':>6}"
-    lines = [f"{'layer':>5}  {'cos N-N':>8} {'cos N-M':>8} {'cos M-M':>8}  {paper}  {symmetric}"]
+    """One line a layer, with a bar at the layers of the initial range."""
+    bounds, symmetric = f"{curve.level:.0%} interval", curve.symmetric
+    head = ["layer", "cos N-N", "cos N-M", "cos M-M", "gap (deg)", bounds, "p", "symmetric", bounds, "spread", "p"]
     kinds = (curve.normal_normal, curve.normal_malicious, curve.malicious_malicious)
-    for layer in range(curve.n_layers):
-        cosines = " ".join(f"{float(kind.cosine_mean[layer]):8.4f}" for kind in kinds)
-        paper, other = _cells(curve, layer), _cells(curve.symmetric, layer, float(curve.symmetric.spread_alone[layer]))
-        mark = " |" if initial is not None and layer in initial else ""
-        lines.append(f"{layer:>5}  {cosines}  {paper}  {other}{mark}")
-    return "\n".join(lines)
+    rows = [
+        [
+            str(layer),
+            *(f"{float(kind.cosine_mean[layer]):.4f}" for kind in kinds),
+            *_gap_cells(curve, layer),
+            f"{float(curve.p_values[layer]):.3f}",
+            *_gap_cells(symmetric, layer),
+            f"{float(symmetric.spread_alone[layer]):.2f}",
+            f"{float(symmetric.p_values[layer]):.3f}",
+        ]
+        for layer in range(curve.n_layers)
+    ]
+    return text_table(head, rows, [initial is not None and layer in initial for layer in range(curve.n_layers)])
 
 
-def _cells(part: GapStatistic, layer: int, spread: float | None = None) -> str:
-    interval = interval_text(float(part.low[layer]), float(part.high[layer]))
-    alone = "" if spread is None else f"{spread:6.2f}  "
-    return f"{float(part.gap[layer]):9.2f}  {interval:>16}  {alone}{float(part.p_values[layer]):6.3f}"
+def _gap_cells(part: GapStatistic, layer: int) -> tuple[str, str]:
+    """The gap at a layer, and its interval."""
+    return f"{float(part.gap[layer]):.2f}", interval_text(float(part.low[layer]), float(part.high[layer]))
 
 
 def interval_text(low: float, high: float) -> str:
@@ -45,7 +60,8 @@ def gap_sentence(
 
     `statistic`: the one that the initial range was read off.
     """
-    gap = f"largest gap {_peak(curve)}; {symmetric_text(curve.symmetric)}; {bootstrap_text(curve)}"
+    gap = f"largest gap {peak_text(curve)}, p over all layers {curve.p_any:.3f}"
+    gap += f"; {symmetric_text(curve.symmetric)}; {bootstrap_text(curve)}"
     if curve.r is not None:
         peak = int(curve.gap.argmax())
         sampled = f"{float(curve.sampled_gap[peak]):.2f} degrees"
@@ -58,16 +74,17 @@ def gap_sentence(
     return f"{gap}; initial range {initial}{by} (the same in {same:.0%} of bootstrap curves, none in {none:.0%})"
 
 
-def _peak(part: GapStatistic) -> str:
+def peak_text(part: GapStatistic) -> str:
+    """ "1.54 degrees [0.46, 3.70] at layer 11": the largest gap with its interval."""
     peak = int(part.gap.argmax())
-    interval = interval_text(float(part.low[peak]), float(part.high[peak]))
-    return f"{float(part.gap[peak]):.2f} degrees {interval} at layer {peak}, p over all layers {part.p_any:.3f}"
+    gap, interval = _gap_cells(part, peak)
+    return f"{gap} degrees {interval} at layer {peak}"
 
 
 def symmetric_text(part: SymmetricGap) -> str:
     """Its largest value, and what the sets' spreads alone make of it there."""
     spread = float(part.spread_alone[int(part.gap.argmax())])
-    return f"symmetric {_peak(part)} (spread alone: {spread:.2f})"
+    return f"symmetric {peak_text(part)}, p over all layers {part.p_any:.3f} (spread alone: {spread:.2f})"
 
 
 def bootstrap_text(curve: GapCurve) -> str:
@@ -77,15 +94,11 @@ def bootstrap_text(curve: GapCurve) -> str:
 
 
 def difference_sentence(difference: GapDifference) -> str:
-    """Where the aligned model's gap is larger than its base's, and by how much at most; by both statistics."""
-    peak = int(difference.gap.argmax())
-    interval = interval_text(float(difference.low[peak]), float(difference.high[peak]))
+    """The peak of the gap minus the base's gap, and the layers where it is above 0; by both statistics."""
     above = [layer for layer in range(len(difference.gap)) if float(difference.low[layer]) > 0]
     where = f"above 0 in layers {layers_text(above)}" if above else "above 0 in no layer"
-    return (
-        f"{float(difference.gap[peak]):.2f} degrees {interval} at layer {peak}, {where} "
-        f"(p over all layers {difference.p_any:.3f}); {symmetric_text(difference.symmetric)}"
-    )
+    tested = f"p over all layers {difference.p_any:.3f}"
+    return f"{peak_text(difference)}, {where} ({tested}); {symmetric_text(difference.symmetric)}"
 
 
 def layers_text(layers: list[int]) -> str:
@@ -103,25 +116,23 @@ def sweep_table(sweep: Sweep, unit: str) -> str:
     """A sweep as the paper prints it: ranges above, values below, the best in stars."""
     cells = [f"*{layers}*" if layers == sweep.best else str(layers) for layers in sweep.ranges]
     values = [f"{value:.3f}" for value in sweep.values]
-    widths = [max(map(len, pair)) for pair in zip(cells, values, strict=True)]
-    head = f"{sweep.bound} bound"
-    rows = [
-        f"{label:<14}" + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
-        for label, row in ((head, cells), (unit, values))
-    ]
-    return "\n".join(rows)
+    return pd.DataFrame([cells, values], pd.Index([f"{sweep.bound} bound ", unit])).to_string(header=False)
 
 
 def alpha_table(choice: AlphaChoice) -> str:
-    """The curve over alpha, one line an alpha; the chosen one carries a bar. Rates are shares of the prompts."""
-    lines = [f"{'alpha':>5}  {'range':<9} {'refused':>8} {'spread':>7} {'p':>6} {'lower sd':>8} {'degenerate':>10}"]
-    for point in choice.points:
-        mark = " |" if point.alpha == choice.alpha else ""
-        lines.append(
-            f"{point.alpha:>5.2f}  {point.range!s:<9} {point.rate:>8.1%} {point.spread:>7.1%} {point.p_value:>6.3f} "
-            f"{point.lower_spread:>8.1%} {point.degenerate:>10.1%}{mark}"
-        )
-    return "\n".join(lines)
+    """The curve over alpha, one line an alpha, with a bar at the chosen one. Rates are shares of the prompts."""
+    rows = [
+        [
+            f"{point.alpha:.2f}",
+            str(point.range),
+            *(f"{share:.1%}" for share in (point.rate, point.spread)),
+            f"{point.p_value:.3f}",
+            *(f"{share:.1%}" for share in (point.lower_spread, point.degenerate)),
+        ]
+        for point in choice.points
+    ]
+    head = ["alpha", "range", "refused", "spread", "p", "lower sd", "degenerate"]
+    return text_table(head, rows, [point.alpha == choice.alpha for point in choice.points])
 
 
 def alpha_sentence(choice: AlphaChoice) -> str:

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 import torch
 from jaxtyping import Float
+from markupsafe import Markup
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
@@ -23,20 +24,10 @@ from safety_mech.models.chat import Template, check_context, encode_chat, tokeni
 from safety_mech.models.forward import embed, run_blocks
 from safety_mech.refusal.attribution import refusal_attribution, replacement_effects
 from safety_mech.reporting.plots import BLUE, ORANGE
+from safety_mech.reporting.templates import render
 
 DECIMALS = 4
 """Of every number in a view: more cannot be seen, and a page has thousands of them."""
-
-# White in a dark page as well: the components bring their own dark text. A map's box gets a width of its own, for the
-# component's shrinks to nothing where a page is resized or printed.
-STYLE = """
-.circuitsvis { background: #fff; color: #111; color-scheme: light; margin: 1em 0; padding: 0.8em; overflow-x: auto;
-  border-radius: 6px; }
-.circuitsvis figcaption { color: #444; margin-bottom: 0.6em; }
-.circuitsvis div:has(> canvas) { width: 100% !important; max-width: 40em !important; }
-.circuitsvis h3 { font-size: 1em; }
-.circuitsvis h4 { font-size: 0.7em; font-weight: normal; }
-"""
 
 
 @dataclass(frozen=True)
@@ -148,28 +139,19 @@ def attention_pattern(
     check_context([chat], model.cfg.n_ctx)
     patterns: list[Tensor] = []
 
-    def keep(pattern: Float[Tensor, "prompt head pos pos"], hook: HookPoint) -> None:
+    def store(pattern: Float[Tensor, "prompt head pos pos"], hook: HookPoint) -> None:
         patterns.append(pattern[0].detach().float().cpu())
 
-    with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", keep)]):
+    with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", store)]):
         run_blocks(model, embed(model, chat.tokens[None].to(model.embed.W_E.device)), stop=layer + 1)
     return patterns[0], tuple(str(tokenizer.decode([token])) for token in chat.tokens.tolist())
 
 
 def views_html(views: Sequence[View]) -> str:
     """Views one after the other, as a piece of HTML that fetches nothing; CircuitsVis' code is in it once."""
-    return f"<style>{STYLE}</style>\n<script>{bundle()}</script>\n" + "\n".join(_mounted(view) for view in views)
-
-
-def _mounted(view: View) -> str:
-    """A place for the view, and the call that renders it there. A new id each time: a view may be shown twice."""
-    place = f"circuitsvis-{uuid4()}"
-    call = f'CircuitsVis.render("{place}", CircuitsVis.{view.component}, {script_json(view.properties)})'
-    return (
-        f'<figure class="circuitsvis">\n<figcaption>{html.escape(view.caption)}</figcaption>\n'
-        f'<div id="{place}"><noscript>This picture needs JavaScript.</noscript></div>\n'
-        f"<script>{call}</script>\n</figure>"
-    )
+    # A new id each time: a view may be shown twice.
+    places = [(f"circuitsvis-{uuid4()}", view, Markup(script_json(view.properties))) for view in views]
+    return str(render("views.html", bundle=Markup(bundle()), places=places))
 
 
 def script_json(value: Any) -> str:
