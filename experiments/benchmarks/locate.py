@@ -376,11 +376,12 @@ def ratios(measured: dict[str, Timed], unit: float) -> str:
     columns = {
         "sweeps / unit": sweeps / unit,
         "authors / it": sweeps["authors"] / sweeps,
-        "batched / it": (sweeps["batched"] / sweeps).map("{:.2f}".format),
+        "batched / it": sweeps["batched"] / sweeps,
         "grid / unit": grid / unit,
         "batched / it, a cell": grid["batched"] / grid,
     }
-    return pd.DataFrame(columns).dropna(axis=1).to_string(float_format="{:.1f}".format)
+    two_digits = {"batched / it": "{:.2f}".format}
+    return pd.DataFrame(columns).dropna(axis=1).to_string(float_format="{:.1f}".format, formatters=two_digits)
 
 
 if __name__ == "__main__":

@@ -322,7 +322,7 @@ def gap_of(residuals: Residuals, n_normal: int) -> Float[Tensor, " layer"]:
 def table(lines: pd.DataFrame) -> str:
     formats = {"time / batched": ".2f", "pairs / time": ".1f", "peak (MiB)": ".0f", "peak / batched": ".2f"}
     formatters = [f"{{:{form}}}".format for form in (*formats.values(), ".0e")]
-    return lines.to_string(header=[*formats, "differs by"], formatters=formatters, na_rep="-")
+    return lines.set_axis([*formats, "differs by"], axis=1).to_string(formatters=formatters)
 
 
 def table_of_parts(parts: dict[str, float]) -> str:
