@@ -758,8 +758,8 @@ MUTANTS = (
         "kilobytes_of_1000",
         "memory.py",
         "threshold",
-        "int(line.split()[1]) * 1024",
-        "int(line.split()[1]) * 1000",
+        "int(found[1]) * 1024",
+        "int(found[1]) * 1000",
         "measuring",
     ),
     Mutant(
@@ -892,7 +892,7 @@ MUTANTS = (
         "first_token_masked",
         "experiments/benchmarks/measuring.py",
         "bound",
-        "mask[row, longest - len(chat) :]",
-        "mask[row, longest - len(chat) + 1 :]",
+        "torch.ones_like(chat.tokens)",
+        "torch.ones_like(chat.tokens[1:])",
     ),
 )

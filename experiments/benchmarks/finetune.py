@@ -6,16 +6,19 @@ peak memory is its own. Read the RATIOS: seconds are this machine's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
+import pandas as pd
 import torch
 from measuring import in_own_process
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils import benchmark
 
 import safety_mech as sm
 from safety_mech.commands.command_line import run
-from safety_mech.commands.memory import resident, start_of_peak
+from safety_mech.commands.memory import peak_since, start_of_peak
 from safety_mech.models.loading import load_transformers
 from safety_mech.reporting.runs import write_run
+from safety_mech.stats import middle_third
 from safety_mech.training.alignment import refusal_pairs
 from safety_mech.training.loop import Example, TrainConfig, encode_examples, fine_tune
 
@@ -40,7 +43,7 @@ class BenchConfig:
 @dataclass(frozen=True)
 class Measured:
     seconds_per_step: float
-    peak_mib: float
+    peak_mib: float | None
     """Above what was resident before the first step: activations, gradients, optimizer state."""
     first_loss: float
 
@@ -80,16 +83,15 @@ def ours(config: BenchConfig, settings: TrainConfig, pairs: list[tuple[str, str]
         settings,
         frozen=layers,
         order=in_order,
-        after_step=lambda _: ended.append(perf_counter()),
+        after_step=lambda _: ended.append(benchmark.timer()),
         progress=False,
     )
-    return Measured((ended[-1] - ended[0]) / (len(ended) - 1), peak_above(before), record.steps[0].loss)
+    return measured_steps(ended, peak_since(before), record.steps[0].loss)
 
 
 def in_order(examples: Sequence[Example], config: TrainConfig) -> list[list[int]]:
     """The same batches for both: as the pairs come."""
-    indices = list(range(len(examples)))
-    return [indices[first : first + config.batch_size] for first in range(0, len(indices), config.batch_size)]
+    return [batch.tolist() for batch in torch.arange(len(examples)).split(config.batch_size)]
 
 
 def with_transformers(
@@ -111,36 +113,32 @@ def with_transformers(
     ended, losses, before = [], [], start_of_peak()
     for first in range(0, len(examples), config.batch_size):
         batch = examples[first : first + config.batch_size]
-        tokens = torch.nn.utils.rnn.pad_sequence([example.tokens for example in batch], batch_first=True)
-        marks = torch.nn.utils.rnn.pad_sequence([example.loss for example in batch], batch_first=True)
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(e.tokens)) for e in batch], batch_first=True)
+        tokens = pad_sequence([example.tokens for example in batch], batch_first=True)
+        marks = pad_sequence([example.loss for example in batch], batch_first=True)
+        mask = pad_sequence([torch.ones_like(example.tokens) for example in batch], batch_first=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             loss = model(tokens, attention_mask=mask, labels=tokens.masked_fill(~marks, -100)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ended.append(perf_counter())
+        ended.append(benchmark.timer())
         losses.append(loss.item())
-    return Measured((ended[-1] - ended[0]) / (len(ended) - 1), peak_above(before), losses[0])
+    return measured_steps(ended, peak_since(before), losses[0])
 
 
-def middle_third(n_layers: int) -> sm.LayerRange:
-    return sm.LayerRange(n_layers // 3, 2 * n_layers // 3 - 1)
-
-
-def peak_above(before: int | None) -> float:
-    return float("nan") if before is None else (resident("VmHWM") - before) / 2**20
+def measured_steps(ended: list[float], peak: int | None, first_loss: float) -> Measured:
+    """The first step is the warm-up."""
+    return Measured((ended[-1] - ended[0]) / (len(ended) - 1), peak and peak / 2**20, first_loss)
 
 
 def table(measured: dict[str, Measured]) -> str:
-    reference = measured["transformers full"]
-    lines = [f"{'variant':<22} {'time of a step':>15} {'peak memory above the model':>28}"]
-    for variant, result in measured.items():
-        time = result.seconds_per_step / reference.seconds_per_step
-        memory = result.peak_mib / reference.peak_mib
-        lines.append(f"{variant:<22} {time:>14.2f}x {memory:>27.2f}x")
-    return "\n".join(lines)
+    """Ratios to a full step of transformers."""
+    figures = pd.DataFrame(
+        {name: (one.seconds_per_step, one.peak_mib) for name, one in measured.items()}, dtype=float
+    ).T
+    figures.columns = ["time of a step", "peak memory above the model"]
+    return (figures / figures.loc["transformers full"]).to_string(float_format="{:.2f}x".format)
 
 
 if __name__ == "__main__":

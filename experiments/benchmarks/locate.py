@@ -10,16 +10,17 @@ are this machine's. Methods:
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import pandas as pd
 import torch
-from measuring import in_own_process, pad_left
-from torch import nn
+from jaxtyping import Int
+from measuring import Padded, best_time, check_at_least_one, in_own_process, pad_left, padded_batches, timed
+from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
@@ -28,15 +29,13 @@ from safety_mech.commands.command_line import run
 from safety_mech.interventions.scaling import check_alpha
 from safety_mech.layers import LayerRange
 from safety_mech.localization.range_sweep import ScaledRanges, layer_evaluations
-from safety_mech.models.chat import ChatTokens, decode_answer, encode_chat
+from safety_mech.models.chat import decode_answer, encode_chat
 from safety_mech.models.loading import load_transformers
 from safety_mech.models.sources import find_source
 from safety_mech.prompts import draw, prompt_hash
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrases_in_use
 from safety_mech.refusal.text import JUDGED_TOKENS, refuses
 from safety_mech.reporting.runs import check_writable, write_run
-
-Returned = TypeVar("Returned")
 
 AUTHORS_TOKENS = 16
 """The authors' script generates 16 tokens."""
@@ -117,9 +116,7 @@ def main(config: BenchConfig) -> Path:
 
 
 def check_config(config: BenchConfig) -> None:
-    for name in ("window", "n_prompts", "batch_size", "sample_ranges", "sample_prompts", "repeats"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
+    check_at_least_one(config, "window n_prompts batch_size sample_ranges sample_prompts repeats")
     LayerRange.parse(config.initial)
     check_alpha(config.alpha)
     find_source(config.model)
@@ -174,87 +171,82 @@ def weights_scaled_in_place(model: PreTrainedModel, layers: LayerRange, alpha: f
             module.weight.data.copy_(weight)
 
 
-def generate(model: Any, batch: Sequence[ChatTokens], tokens: int) -> list[list[int]]:
+def generate(model: Any, batch: Padded, tokens: int) -> Int[Tensor, "prompt new_pos"]:
     """Greedy answers of a batch that is padded on the left."""
-    padded, mask = pad_left(batch)
+    padded, mask = batch
     found = model.generate(
         padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, num_beams=1
     )
-    return found[:, padded.shape[1] :].tolist()
-
-
-def batches_of(chats: Sequence[ChatTokens], size: int) -> list[Sequence[ChatTokens]]:
-    return [chats[first : first + size] for first in range(0, len(chats), size)]
+    return found[:, padded.shape[1] :]
 
 
 def time_authors(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
     model, tokenizer = load_transformers(config.model)
     chats = encode_chat(tokenizer, prompts_of(config), "own")
-    few = chats[:: max(1, len(chats) // config.sample_prompts)][: config.sample_prompts]
-    generate(model, few[:1], AUTHORS_TOKENS)  # warm-up
-    copying = answering = 0.0
-    for layers in sampled:
-        start = time.perf_counter()
+    few = [pad_left([chat]) for chat in chats[:: max(1, len(chats) // config.sample_prompts)][: config.sample_prompts]]
+    generate(model, few[0], AUTHORS_TOKENS)  # warm-up
+
+    def scaled_copy(layers: LayerRange) -> PreTrainedModel:
         changed = copy.deepcopy(model)
         scale_weights(changed, layers, config.alpha)
-        copying += time.perf_counter() - start
-        start = time.perf_counter()
-        for chat in few:
-            generate(changed, [chat], AUTHORS_TOKENS)
-        answering += time.perf_counter() - start
-    per_range = (copying + answering * len(chats) / len(few)) / len(sampled)
-    return Timed(
-        per_range * len(ranges), per_range * len(all_ranges(model.config.num_hidden_layers)) if config.grid else None
-    )
+        return changed
+
+    total = 0.0
+    for layers in sampled:
+        copying, changed = timed(lambda layers=layers: scaled_copy(layers))
+        answering, _ = timed(lambda changed=changed: [generate(changed, prompt, AUTHORS_TOKENS) for prompt in few])
+        total += copying + answering * len(chats) / len(few)
+    return scaled_up(config, total / len(sampled), len(ranges), model)
 
 
 def time_batched(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
     model, tokenizer = load_transformers(config.model)
     chats = encode_chat(tokenizer, prompts_of(config), "own")
-    generate(model, chats[:4], JUDGED_TOKENS)  # warm-up
-    decisions: dict[str, list[bool]] = {}
-    start = time.perf_counter()
-    for layers in sampled:
+    generate(model, pad_left(chats[:4]), JUDGED_TOKENS)  # warm-up
+
+    def decisions(layers: LayerRange) -> list[bool]:
         with weights_scaled_in_place(model, layers, config.alpha):
-            batches = batches_of(chats, config.batch_size)
-            answers = [answer for batch in batches for answer in generate(model, batch, JUDGED_TOKENS)]
-        decisions[str(layers)] = [refuses(decode_answer(tokenizer, answer)) for answer in answers]
-    per_range = (time.perf_counter() - start) / len(sampled)
-    cells = len(all_ranges(model.config.num_hidden_layers))
-    return Timed(per_range * len(ranges), per_range * cells if config.grid else None, decisions=decisions)
+            answers = [generate(model, batch, JUDGED_TOKENS) for batch in padded_batches(chats, config.batch_size)]
+        return [refuses(decode_answer(tokenizer, answer)) for batch in answers for answer in batch.tolist()]
+
+    seconds, decided = timed(lambda: {str(layers): decisions(layers) for layers in sampled})
+    return scaled_up(config, seconds / len(sampled), len(ranges), model, decided)
+
+
+def scaled_up(
+    config: BenchConfig, per_range: float, n_ranges: int, model: Any, decisions: dict[str, list[bool]] | None = None
+) -> Timed:
+    """The time of all ranges, from that of one."""
+    grid = per_range * len(all_ranges(model.config.num_hidden_layers)) if config.grid else None
+    return Timed(per_range * n_ranges, grid, decisions=decisions)
 
 
 def time_plain_pass(config: BenchConfig, dtype: str) -> tuple[float, int]:
     """The unit: one forward pass of transformers over the prompts, all logits, in padded batches; and the layers."""
     model, tokenizer = load_transformers(config.model, dtype)
-    chats = encode_chat(tokenizer, prompts_of(config), "own")
+    batches = list(padded_batches(encode_chat(tokenizer, prompts_of(config), "own"), config.batch_size))
 
     def one_pass() -> None:
-        for batch in batches_of(chats, config.batch_size):
-            tokens, mask = pad_left(batch)
+        for tokens, mask in batches:
             model(input_ids=tokens, attention_mask=mask)
 
     with torch.no_grad():
-        one_pass()
-        return min(timed(one_pass)[0] for _ in range(config.repeats)), model.config.num_hidden_layers
+        return best_time(one_pass, config.repeats), model.config.num_hidden_layers
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def engine_of(config: BenchConfig, model: HookedTransformer, phrases: Sequence[str] = REFUSAL_PHRASES) -> ScaledRanges:
-    """A fresh one for everything that is timed: it keeps what it has measured."""
-    return ScaledRanges(model, prompts_of(config), config.alpha, "weights", phrases=phrases)
-
-
 def time_text(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
     model = sm.load_model(config.model, "cpu")
     sm.generate(model, prompts_of(config)[:4], JUDGED_TOKENS)  # warm-up
-    seconds, engine = timed(lambda: measure_all(engine_of(config, model), "refuses", ranges))
+
+    def measure(part: Sequence[LayerRange]) -> ScaledRanges:
+        return measured_anew(config, model, "refuses", part)
+
+    seconds, engine = timed(lambda: measure(ranges))
     decisions = {str(layers): engine.refuses(layers).tolist() for layers in sampled}
-    if not config.grid:
-        return Timed(seconds, decisions=decisions)
-    grid, _ = time_grid(lambda: engine_of(config, model), "refuses", engine.n_layers, every=GRID_ROWS)
+    grid = time_grid(measure, engine.n_layers, GRID_ROWS)[0] if config.grid else None
     return Timed(seconds, grid, decisions=decisions)
 
 
@@ -267,10 +259,14 @@ def time_log_odds(
 ) -> Timed:
     model = sm.load_model(config.model, "cpu", dtype)
     phrases = phrases_in_use(model, sm.load_prompts("malicious:test")[:32])
-    seconds, engine = timed(lambda: measure_all(engine_of(config, model, phrases), "log_odds", ranges))
+
+    def measure(part: Sequence[LayerRange]) -> ScaledRanges:
+        return measured_anew(config, model, "log_odds", part, phrases)
+
+    seconds, engine = timed(lambda: measure(ranges))
     if not config.grid:
         return Timed(seconds, evaluations=engine.evaluations)
-    grid, whole = time_grid(lambda: engine_of(config, model, phrases), "log_odds", engine.n_layers, every)
+    grid, whole = time_grid(measure, engine.n_layers, every)
     return Timed(seconds, grid, engine.evaluations, whole.evaluations)
 
 
@@ -278,20 +274,28 @@ def time_log_odds_bf16(*arguments: Any) -> Timed:
     return time_log_odds(*arguments, dtype="bfloat16", every=GRID_ROWS)
 
 
-def time_grid(
-    engine: Callable[[], ScaledRanges], measure: str, n_layers: int, every: int = 1
-) -> tuple[float, ScaledRanges]:
-    """Seconds for the whole grid; of `every` so many rows one is run, and its time scaled up by layer evaluations."""
-    cells = [layers for layers in all_ranges(n_layers) if layers.start % every == 0]
-    seconds, ran = timed(lambda: measure_all(engine(), measure, cells))
-    whole, part = (layer_evaluations(ranges, n_layers)["shared"] for ranges in (all_ranges(n_layers), cells))
-    return seconds * whole / part, ran
-
-
-def measure_all(engine: ScaledRanges, measure: str, ranges: Sequence[LayerRange]) -> ScaledRanges:
+def measured_anew(
+    config: BenchConfig,
+    model: HookedTransformer,
+    measure: str,
+    ranges: Sequence[LayerRange],
+    phrases: Sequence[str] = REFUSAL_PHRASES,
+) -> ScaledRanges:
+    """A new engine, which has measured these ranges: an old one would look them up."""
+    engine = ScaledRanges(model, prompts_of(config), config.alpha, "weights", phrases=phrases)
     for layers in ranges:
         getattr(engine, measure)(layers)
     return engine
+
+
+def time_grid(
+    measure: Callable[[Sequence[LayerRange]], ScaledRanges], n_layers: int, every: int
+) -> tuple[float, ScaledRanges]:
+    """Seconds of the whole grid. Of `every` so many rows one is run; its time is scaled up by layer evaluations."""
+    cells = [layers for layers in all_ranges(n_layers) if layers.start % every == 0]
+    seconds, ran = timed(lambda: measure(cells))
+    whole, part = (layer_evaluations(ranges, n_layers)["shared"] for ranges in (all_ranges(n_layers), cells))
+    return seconds * whole / part, ran
 
 
 def all_ranges(n_layers: int) -> list[LayerRange]:
@@ -309,12 +313,6 @@ METHODS: dict[str, Callable[..., Timed]] = {
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
-
-
-def timed(call: Callable[[], Returned]) -> tuple[float, Returned]:
-    start = time.perf_counter()
-    returned = call()
-    return time.perf_counter() - start, returned
 
 
 def largest_logit_difference(config: BenchConfig, layers: LayerRange) -> float:
@@ -347,38 +345,43 @@ def report(
     measured: dict[str, Timed], unit: float, unit_bf16: float, ranges: Sequence[LayerRange], n_layers: int
 ) -> str:
     """Ratios: of the plain pass (float32), and of the two transformers methods."""
-    authors, batched = measured["authors"], measured["batched"]
     cells = all_ranges(n_layers)
+    shares = ", ".join(f"{layers} {share:.0%}" for layers, share in agreement(measured).items())
     lines = [
         f"sweeps: {len(ranges)} ranges; grid: {len(cells)} ranges; unit: one plain float32 pass of transformers",
-        f"{'method':<15}{'sweeps / unit':>15}{'authors / it':>14}{'batched / it':>14}"
-        f"{'grid / unit':>14}{'batched / it, a cell':>22}",
+        ratios(measured, unit),
+        f"a plain bfloat16 pass takes {unit_bf16 / unit:.2f} of a float32 one",
+        f"batched and text decide alike: {shares}",
     ]
-    for name, it in measured.items():
-        line = f"{name:<15}{it.sweeps / unit:>15.1f}{authors.sweeps / it.sweeps:>14.1f}"
-        line += f"{batched.sweeps / it.sweeps:>14.2f}"
-        if it.grid is not None and batched.grid is not None:
-            line += f"{it.grid / unit:>14.1f}{batched.grid / it.grid:>22.1f}"
-        lines.append(line)
-    lines.append(f"a plain bfloat16 pass takes {unit_bf16 / unit:.2f} of a float32 one")
-    shares = agreement(measured)
-    lines.append(
-        "batched and text decide alike: " + ", ".join(f"{layers} {share:.0%}" for layers, share in shares.items())
-    )
-    for what, given, counted in (
-        ("sweeps", ranges, measured["log-odds"].evaluations),
-        ("grid", cells, measured["log-odds"].grid_evaluations),
-    ):
-        if counted is not None:
+    counted = measured["log-odds"].evaluations, measured["log-odds"].grid_evaluations
+    for what, given, count in zip(("sweeps", "grid"), (ranges, cells), counted, strict=True):
+        if count is not None:
             cost = layer_evaluations(given, n_layers)
             lines.append(
-                f"layer evaluations, {what}: {counted} run, {cost['shared']} by the prefix-sharing count, "
+                f"layer evaluations, {what}: {count} run, {cost['shared']} by the prefix-sharing count, "
                 f"{cost['whole']} with whole forwards"
             )
     lines.append(
         f"the grid with prefix sharing: about L^3/6 = {n_layers**3 // 6} instead of L^3/2 = {n_layers**3 // 2}"
     )
     return "\n".join(lines)
+
+
+def ratios(measured: dict[str, Timed], unit: float) -> str:
+    """One line a method; without a grid its two columns are left out."""
+    sweeps, grid = (
+        pd.Series({name: getattr(it, what) for name, it in measured.items()}, dtype=float)
+        for what in ("sweeps", "grid")
+    )
+    columns = {
+        "sweeps / unit": sweeps / unit,
+        "authors / it": sweeps["authors"] / sweeps,
+        "batched / it": sweeps["batched"] / sweeps,
+        "grid / unit": grid / unit,
+        "batched / it, a cell": grid["batched"] / grid,
+    }
+    two_digits = {"batched / it": "{:.2f}".format}
+    return pd.DataFrame(columns).dropna(axis=1).to_string(float_format="{:.1f}".format, formatters=two_digits)
 
 
 if __name__ == "__main__":

@@ -16,23 +16,23 @@ held before the run (Linux; elsewhere it is left out). How far each method's num
 too: a method that computes something else would be no rival.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from measuring import in_own_process, pad_left
+from measuring import best_time, check_at_least_one, in_own_process, padded_batches, timed
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
 import safety_mech as sm
 from safety_mech.commands.command_line import run
-from safety_mech.commands.memory import resident, start_of_peak
+from safety_mech.commands.memory import peak_since, start_of_peak
 from safety_mech.models.chat import ChatTokens, check_context, encode_chat, equal_length_batches
 from safety_mech.models.conversion import restore_linear_layout
 from safety_mech.models.forward import embed, run_blocks, stack_rest, unembed_last
@@ -88,41 +88,13 @@ class Measurement:
         return torch.from_numpy(self.array)
 
     @property
-    def best(self) -> float:
-        return min(self.seconds)
-
-    @property
     def peak(self) -> int | None:
-        measured = [peak for peak in self.peak_bytes if peak is not None]
-        return max(measured, default=None)
+        return max((peak for peak in self.peak_bytes if peak is not None), default=None)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One method in the table. Times and peaks are ratios; `difference` is relative to ours."""
-
-    time_of_batched: float
-    faster_than_pairs: float
-    peak_mib: float | None
-    peak_of_batched: float | None
-    difference: float
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    lines: dict[str, Line]
-    parts: dict[str, float]
-    """Where the time goes: time of one batch, relative to `forward` with TransformerLens' layout."""
-    gap: Float[Tensor, " layer"]
-    gap_bf16: Float[Tensor, " layer"]
-    folder: Path
-
-
-def main(config: BenchConfig) -> BenchResult:
+def main(config: BenchConfig) -> Path:
     check_config(config)
     sets = {name: draw(f"{name}:test", config.n_prompts).prompts for name in ("normal", "malicious")}
-    find_source(config.model)
-    check_writable(config.out)
     prompts = [*sets["normal"], *sets["malicious"]]
     pairs = sample_pairs(config.n_prompts, config.sample_pairs, config.seed)
     measured = {}
@@ -143,7 +115,7 @@ def main(config: BenchConfig) -> BenchResult:
         config.model,
         config=config,
         metrics={
-            "methods": lines,
+            "methods": lines.to_dict("index"),
             "seconds": {name: m.seconds for name, m in measured.items()},
             "peak_bytes": {name: m.peak_bytes for name, m in measured.items()},
             "pairs_scaled_by": PAIRS_OF_THE_PAPER / len(pairs),
@@ -156,16 +128,16 @@ def main(config: BenchConfig) -> BenchResult:
         texts={"table.txt": text + "\n"},
     )
     print(f"written: {folder}/ (table.txt, metrics.json, config.json, tensors.safetensors)")
-    return BenchResult(lines, parts, gap, gap_bf16, folder)
+    return folder
 
 
 def check_config(config: BenchConfig) -> None:
     most = min(len(sm.load_prompts(name, "test")) for name in ("normal", "malicious"))
     if not 3 <= config.n_prompts <= most:
         raise ValueError(f"n_prompts = {config.n_prompts}: expected 3 to {most}, the size of the shipped test sets")
-    for name in ("sample_pairs", "batch_size", "repeats"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
+    check_at_least_one(config, "sample_pairs batch_size repeats")
+    find_source(config.model)
+    check_writable(config.out)
 
 
 def sample_pairs(n: int, count: int, seed: int) -> list[tuple[int, int]]:
@@ -209,9 +181,8 @@ def transformers_batched(config: BenchConfig, **forward_options: Any) -> Method:
 
     @torch.no_grad()
     def run_all(prompts: Sequence[str]) -> Residuals:
-        chats = encode_chat(tokenizer, prompts, config.template)
-        batches = [chats[first : first + config.batch_size] for first in range(0, len(chats), config.batch_size)]
-        return torch.cat([_last_states(model, *pad_left(batch), **forward_options) for batch in batches])
+        batches = padded_batches(encode_chat(tokenizer, prompts, config.template), config.batch_size)
+        return torch.cat([_last_states(model, *batch, **forward_options) for batch in batches])
 
     return run_all
 
@@ -280,11 +251,10 @@ def measure(name: str, config: BenchConfig, prompts: Sequence[str]) -> Measureme
     seconds, peaks = [], []
     for _ in range(config.repeats):
         del residuals
-        held = start_of_peak()
-        start = time.perf_counter()
-        residuals = method(prompts)
-        seconds.append(time.perf_counter() - start)
-        peaks.append(None if held is None else resident("VmHWM") - held)
+        before = start_of_peak()
+        took, residuals = timed(lambda: method(prompts))
+        seconds.append(took)
+        peaks.append(peak_since(before))
     return Measurement(seconds, peaks, residuals.float().numpy())
 
 
@@ -313,41 +283,26 @@ def time_parts(config: BenchConfig, prompts: Sequence[str]) -> dict[str, float]:
     return best
 
 
-def best_time(call: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest call, after one that does not count."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def compare(measured: dict[str, Measurement], pairs: Sequence[tuple[int, int]]) -> dict[str, Line]:
-    """Times relative to `batched` and to `pairs` scaled to 3 x 500, peaks relative to `batched`."""
-    seconds = {name: m.best for name, m in measured.items()}
+def compare(measured: dict[str, Measurement], pairs: Sequence[tuple[int, int]]) -> pd.DataFrame:
+    """Times relative to `batched` and to `pairs` scaled to 3 x 500, peaks relative to `batched`, and how far each
+    method's numbers are from ours (relative). One row a method."""
+    seconds = pd.Series({name: min(m.seconds) for name, m in measured.items()})
     seconds["pairs"] *= PAIRS_OF_THE_PAPER / len(pairs)
-    in_pairs = [index for pair in pairs for index in pair]
+    peak = pd.Series({name: m.peak for name, m in measured.items()}, dtype=float)
     reference = measured["ours"].residuals
-    lines = {}
-    for name, m in measured.items():
-        expected = reference[in_pairs] if name == "pairs" else reference
-        lines[name] = Line(
-            time_of_batched=seconds[name] / seconds["batched"],
-            faster_than_pairs=seconds["pairs"] / seconds[name],
-            peak_mib=None if m.peak is None else m.peak / 2**20,
-            peak_of_batched=ratio(m.peak, measured["batched"].peak),
-            difference=largest_difference(m.residuals, expected),
-        )
-    return lines
-
-
-def ratio(part: int | None, whole: int | None) -> float | None:
-    return part / whole if part is not None and whole else None
+    in_pairs = [index for pair in pairs for index in pair]
+    expected = {name: reference[in_pairs] if name == "pairs" else reference for name in measured}
+    columns = {
+        "time_of_batched": seconds / seconds["batched"],
+        "faster_than_pairs": seconds["pairs"] / seconds,
+        "peak_mib": peak / 2**20,
+        "peak_of_batched": peak / peak["batched"],
+        "difference": {name: largest_difference(m.residuals, expected[name]) for name, m in measured.items()},
+    }
+    return pd.DataFrame(columns)
 
 
 def largest_difference(residuals: Residuals, expected: Residuals) -> float:
@@ -364,23 +319,15 @@ def gap_of(residuals: Residuals, n_normal: int) -> Float[Tensor, " layer"]:
     return sm.gap_curve(residuals[:n_normal], residuals[n_normal:], bootstrap=100, permutations=100).gap
 
 
-def table(lines: dict[str, Line]) -> str:
-    titles = f"{'time / batched':>16}{'pairs / time':>14}{'peak (MiB)':>12}{'peak / batched':>16}{'differs by':>12}"
-    rows = [
-        f"{name:<14}{line.time_of_batched:>16.2f}{line.faster_than_pairs:>14.1f}"
-        f"{number(line.peak_mib, 0):>12}{number(line.peak_of_batched, 2):>16}{line.difference:>12.0e}"
-        for name, line in lines.items()
-    ]
-    return "\n".join([f"{'method':<14}{titles}", *rows])
-
-
-def number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def table(lines: pd.DataFrame) -> str:
+    formats = {"time / batched": ".2f", "pairs / time": ".1f", "peak (MiB)": ".0f", "peak / batched": ".2f"}
+    formatters = [f"{{:{form}}}".format for form in (*formats.values(), ".0e")]
+    return lines.set_axis([*formats, "differs by"], axis=1).to_string(formatters=formatters)
 
 
 def table_of_parts(parts: dict[str, float]) -> str:
-    head = f"{'where the time goes: one batch':<38}{'time / first':>14}"
-    return "\n".join([head, *(f"{name:<38}{value:>14.2f}" for name, value in parts.items())])
+    times = pd.DataFrame({"time / first": parts})
+    return times.rename_axis(columns="where the time goes: one batch").to_string(float_format="{:.2f}".format)
 
 
 def sentence_on_bf16(gap: Float[Tensor, " layer"], gap_bf16: Float[Tensor, " layer"]) -> str:

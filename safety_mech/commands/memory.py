@@ -1,8 +1,10 @@
-"""Resident memory of this process, and the peak of a part of its run, as Linux counts them."""
+"""Resident memory of this process, and its peak over a part of the run."""
 
-import ctypes.util
 import gc
+import re
 from pathlib import Path
+
+import psutil
 
 
 def start_of_peak() -> int | None:
@@ -11,17 +13,19 @@ def start_of_peak() -> int | None:
     None where the kernel has no such mark (only Linux has).
     """
     gc.collect()
-    library = ctypes.CDLL(ctypes.util.find_library("c"))
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
+    if hasattr(psutil, "heap_trim"):  # not on every platform
+        psutil.heap_trim()
     try:
         Path("/proc/self/clear_refs").write_text("5")
-        return resident("VmRSS")
     except OSError:
         return None
+    return psutil.Process().memory_info().rss
 
 
-def resident(field: str) -> int:
-    """VmRSS (resident now) or VmHWM (its peak since the mark was set) of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+def peak_since(start: int | None) -> int | None:
+    """Bytes by which the high-water mark, which psutil does not read, lies above `start`; None where that is None."""
+    if start is None:
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024 - start

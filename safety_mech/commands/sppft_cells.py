@@ -17,7 +17,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
-from safety_mech.commands.memory import resident, start_of_peak
+from safety_mech.commands.memory import peak_since, start_of_peak
 from safety_mech.commands.sppft import Data, SppftConfig, examples_of, harmful_share
 from safety_mech.models.sources import model_fingerprint
 from safety_mech.refusal.harmfulness import http_judge
@@ -188,7 +188,7 @@ def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any
     record = method(
         bench.model, data, train_config(config, rate, cell.seed), after_step=clock.after_step, progress=False
     )
-    peak = resident("VmHWM") - floor if floor is not None else None
+    peak = peak_since(floor)
     doses = {
         name: [{"examples": point.examples, **as_lists(point.responses)} for point in points]
         for name, (points, _) in meters.items()
