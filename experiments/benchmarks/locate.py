@@ -380,8 +380,9 @@ def ratios(measured: dict[str, Timed], unit: float) -> str:
         "grid / unit": grid / unit,
         "batched / it, a cell": grid["batched"] / grid,
     }
-    two_digits = {"batched / it": "{:.2f}".format}
-    return pd.DataFrame(columns).dropna(axis=1).to_string(float_format="{:.1f}".format, formatters=two_digits)
+    table = pd.DataFrame(columns).dropna(axis=1)
+    table["batched / it"] = table["batched / it"].map("{:.2f}".format)
+    return table.to_string(float_format="{:.1f}".format)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ def test_a_run_from_end_to_end(bench: ModuleType, config: Any, monkeypatch: pyte
     assert all(name in text for name in metrics["measured"])
 
 
+@pytest.mark.slow
 def test_what_is_run_is_what_the_formula_says(bench: ModuleType, config: Any) -> None:
     ranges = bench.ranges_of_sweeps(config, 4)
     timed = bench.time_log_odds(config, ranges, ranges[:1])

@@ -87,6 +87,7 @@ def test_help_is_answered_without_torch(script: str, tmp_path: Path) -> None:
     answered_without_torch(script, ["--help"], 0, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments"), [(script, arguments) for script, listed in OF_SCRIPT.items() for arguments in listed]
 )

@@ -288,6 +288,7 @@ def test_a_run_writes_its_folder(
     assert all(f"\n{layer:>5}  " in printed for layer in range(N_LAYERS))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(config_for: Callable[..., object]) -> None:
     first, second, other = (locate.main(config_for(seed=seed)) for seed in (0, 0, 1))
     curves = [result.curves["prompts"] for result in (first, second, other)]
@@ -297,6 +298,7 @@ def test_the_same_seed_gives_the_same_numbers(config_for: Callable[..., object])
     assert not torch.equal(curves[0].samples, curves[2].samples)
 
 
+@pytest.mark.slow
 def test_the_command_line_does_what_main_does(
     config_for: Callable[..., object], llama_folder: Path, files: Path
 ) -> None:
@@ -336,6 +338,7 @@ def test_the_statistic_says_which_difference_the_search_starts_from() -> None:
     assert starting_range(locate.LocateConfig(statistic="symmetric"), None, both).range == LayerRange(3, 3)
 
 
+@pytest.mark.slow
 def test_a_quick_run_over_topics_says_so_and_holds_both_statistics(
     config_for: Callable[..., object], llama_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +373,7 @@ def test_nothing_to_start_from_is_said() -> None:
         assert part in start.source
 
 
+@pytest.mark.slow
 def test_a_given_initial_range_leads_to_sweeps_and_grid(config_for: Callable[..., object]) -> None:
     result = locate.main(config_for(initial="1-2", alpha=1.2))
     assert {"sweeps.png", "grid.png"} <= {path.name for path in result.folder.iterdir()}

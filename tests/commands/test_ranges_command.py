@@ -64,6 +64,7 @@ def test_a_finished_search_is_not_run_again(config_for: Callable[..., object], m
         ranges.main(config_for(seed=1))
 
 
+@pytest.mark.slow
 def test_no_gap_is_an_answer(config_for: Callable[..., object]) -> None:
     folder = ranges.main(config_for(initial=None))
     assert "no gap that the rule accepts" in (folder / "table.txt").read_text()

@@ -150,6 +150,7 @@ def test_attack_data_has_the_size_asked_for(bench_for: Callable[..., Any]) -> No
     assert sppft_cells.attack_data(bench, "normal", 0) != sppft_cells.attack_data(bench, "normal", 1)
 
 
+@pytest.mark.slow
 def test_a_saved_cell_loads_as_it_was_trained(
     bench_for: Callable[..., Any], tmp_path: Path, llama_folder: Path
 ) -> None:
@@ -298,6 +299,7 @@ def test_a_set_in_two_parts_is_refused(shipped: Callable[..., Any], tmp_path: Pa
 # --- the trigger ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_backdoor_is_read_with_and_without_its_trigger(bench_for: Callable[..., Any]) -> None:
     bench = bench_for(attacks=("normal", "backdoor"), doses=(4, 8))
     before = sppft_cells.metrics_before(bench)
@@ -471,6 +473,7 @@ def test_intervals_are_over_the_categories() -> None:
     assert torch.isfinite(torch.tensor(by_prompt.retained.high))
 
 
+@pytest.mark.slow
 def test_a_judge_scores_the_answers_of_a_cell(
     bench_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, prompts: list[str]
 ) -> None:

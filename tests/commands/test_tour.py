@@ -57,6 +57,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[NotebookNode, Pa
     return execute(path), path
 
 
+@pytest.mark.slow
 def test_a_broken_cell_is_noticed(tmp_path: Path) -> None:
     """The negative control of everything below."""
     path = tmp_path / "broken.ipynb"
@@ -78,6 +79,7 @@ def test_the_file_is_small_whole_and_as_it_ran() -> None:
         ]
 
 
+@pytest.mark.long_run
 @pytest.mark.real_model
 def test_every_code_cell_runs_and_shows_something(executed: tuple[NotebookNode, Path]) -> None:
     notebook, _ = executed
@@ -87,6 +89,7 @@ def test_every_code_cell_runs_and_shows_something(executed: tuple[NotebookNode, 
         assert not [output for output in cell.outputs if output.output_type == "error"]
 
 
+@pytest.mark.long_run
 @pytest.mark.real_model
 def test_key_outputs(executed: tuple[NotebookNode, Path]) -> None:
     notebook, _ = executed
@@ -110,6 +113,7 @@ def test_key_outputs(executed: tuple[NotebookNode, Path]) -> None:
     assert float(moved[1]) > 0
 
 
+@pytest.mark.long_run
 @pytest.mark.real_model
 def test_the_page_opens_without_a_network(
     executed: tuple[NotebookNode, Path], open_file: Callable[[Path], Any], tmp_path: Path

@@ -130,6 +130,7 @@ def test_retries_then_success(endpoint: Endpoint, status: int) -> None:
     assert len(endpoint.requests) == 2
 
 
+@pytest.mark.slow
 def test_time_out_then_success(endpoint: Endpoint) -> None:
     assert endpoint.judge(0.6, GOOD, timeout=0.3)([PAIR]) == [FOUR]
     assert len(endpoint.requests) == 2

@@ -72,6 +72,7 @@ def test_equals_probabilities_multiplied_one_by_one(exact_model, prompts, name):
     torch.testing.assert_close(found, brute_force(exact_model, some, PHRASES[name]), rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_in_another_template(exact_model, prompts):
     found = refusal_log_odds(exact_model, prompts, "alpaca_short", PHRASES["several chains"])
     expected = brute_force(exact_model, prompts, PHRASES["several chains"], "alpaca_short")
@@ -101,6 +102,7 @@ def test_one_phrase_more_is_seen(exact_model, prompts):
     assert ((other - few).abs() > 1e-4).all()
 
 
+@pytest.mark.slow
 def test_a_batch_gives_what_single_prompts_give(tiny_model, prompts):
     together = refusal_log_odds(tiny_model, prompts)
     single = torch.cat([refusal_log_odds(tiny_model, [prompt]) for prompt in prompts])
@@ -133,6 +135,7 @@ def test_a_model_that_was_taught_to_refuse(refusing_model, prompts):
     assert found[1::2].min() > found[0::2].max() + 1
 
 
+@pytest.mark.slow
 def test_phrases_in_use_carry_their_share(refusing_model, prompts):
     """By hand, from the probability of every phrase alone."""
     single = [torch.sigmoid(refusal_log_odds(refusing_model, prompts, phrases=[o])) for o in REFUSAL_PHRASES]
@@ -161,6 +164,7 @@ def test_phrases_in_use_by_hand(tiny_model, monkeypatch, probabilities, options,
     assert phrases_in_use(tiny_model, ["Why?", "How?"], phrases=tuple(probabilities), **options) == expected
 
 
+@pytest.mark.slow
 def test_without_unused_phrases_the_log_odds_hardly_change(refusing_model, prompts):
     used = phrases_in_use(refusing_model, prompts)
     assert len(used) < len(REFUSAL_PHRASES)

@@ -354,6 +354,7 @@ def test_the_kinds_are_refusals():
 CORPUS = {"kinds": KINDS, "refusals": REFUSALS, "others": OTHERS, "greeted": GREETED}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", CORPUS)
 def test_what_is_left_early_cannot_become_a_refusal(part: str):
     assert [broken for text in CORPUS[part] for broken in broken_promises(cannot_refuse, text)] == []

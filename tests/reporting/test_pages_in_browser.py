@@ -23,6 +23,8 @@ from safety_mech.reporting.token_views import (
     views_html,
 )
 
+pytestmark = pytest.mark.whole_run  # a browser is opened
+
 Open = Callable[..., Page]
 
 IMAGE = """<img/src="x"/onerror="window.hacked=1">"""

@@ -154,6 +154,7 @@ def test_the_shading_is_hatched() -> None:
     assert patch.get_label() == "found [2, 3]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", range(1, len(STYLES) + 1))
 def test_curves_are_told_apart_without_colour(n: int) -> None:
     figure = plot_gap(curves_of(n), {})

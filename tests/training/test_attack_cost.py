@@ -50,6 +50,7 @@ def drawn(generator: torch.Generator, shares: list[float], seeds: int, prompts: 
     return (strength + shift < torch.tensor(shares)[None, :, None]).double()
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth() -> None:
     """With ten seeds; of intervals that should hold the truth in 95 %, at least 88 of 100 must."""
     shares = [1.5, 0.8, 0.4, 0.1]  # at dose 0 all are refused
@@ -64,6 +65,7 @@ def test_the_interval_covers_the_truth() -> None:
     assert narrow < 75, "control: an interval a sixth as wide does not cover"
 
 
+@pytest.mark.slow
 def test_a_difference_is_paired_over_prompts() -> None:
     generator = torch.Generator().manual_seed(1)
     values = drawn(generator, [1.5, 0.8, 0.4, 0.1], 3, 60)
@@ -139,6 +141,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_meter_reads_along_a_training(refusing_model, prompts) -> None:
     model = refusing_model
     before = {name: weight.clone() for name, weight in model.named_parameters()}

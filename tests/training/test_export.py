@@ -84,6 +84,7 @@ def base(tmp_path) -> Path:
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embeddings", [False, True], ids=["embeddings frozen", "embeddings trained"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kv_heads", [2, 4], ids=["grouped queries", "no grouped queries"])

@@ -501,6 +501,7 @@ def train_and_keep(model: HookedTransformer, **options: Any) -> tuple[TrainRecor
     return record, {name: parameter.detach() for name, parameter in masters.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_small_steps_of_16_bit_weights_add_up_in_float32(dtype):
     """As in float32: every entry moves, by much the same; and the model has the masters, rounded."""
@@ -520,6 +521,7 @@ def test_small_steps_of_16_bit_weights_add_up_in_float32(dtype):
     assert [s.loss for s in record.steps] == pytest.approx([s.loss for s in expected.steps], rel=0.02)
 
 
+@pytest.mark.slow
 def test_float32_weights_have_no_copies_and_memory_is_told(make_tiny_model):
     record, moved_by = train_and_keep(model := make_tiny_model())
     assert all(moved_by[name].data_ptr() == model.get_parameter(name).data_ptr() for name in moved_by)
@@ -528,6 +530,7 @@ def test_float32_weights_have_no_copies_and_memory_is_told(make_tiny_model):
     assert train_and_keep(in_format(torch.bfloat16))[0].extra_bytes == 12 * record.n_trained + scalars
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_16_bit_weights_goes_on_from_its_masters(tmp_path, monkeypatch):
     whole, killed, resumed = (in_format(torch.bfloat16) for _ in range(3))
     expected = train(whole, config=SMALL_STEPS)
@@ -661,6 +664,7 @@ def test_a_finished_run_is_not_made_again(make_tiny_model, tmp_path, gradients):
     assert not moved(again, state(first))
 
 
+@pytest.mark.slow
 def test_a_kill_while_writing_leaves_the_last_checkpoint_whole(make_tiny_model, tmp_path, monkeypatch):
     file, saved = tmp_path / "run.pt", []
 

@@ -296,6 +296,7 @@ def logits(model: HookedTransformer) -> Tensor:
     return model(some_tokens(model)).detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [None, LayerRange(1, 2)], ids=["everywhere", "planted"])
 @pytest.mark.parametrize("how", ["at random", "trained"])
 def test_peft_reads_a_saved_adapter(llama_folder, tmp_path, layers, how):
@@ -365,6 +366,7 @@ def trained_updates(model: HookedTransformer, held: bool) -> dict[str, Tensor]:
         return {f"{layer}.{p.module}": update.weight().detach().clone() for layer, p, update in placed}
 
 
+@pytest.mark.slow
 def test_matrices_held_in_bfloat16_train_the_same_updates_bit_for_bit(make_tiny_model):
     plain, held = (trained_updates(make_tiny_model(), held) for held in (False, True))
     assert same(plain, held)

@@ -67,6 +67,7 @@ EARLY = LayerRange(0, 1)
 """Of six layers: its random control is [3, 4] or [4, 5]. RANGE leaves room for the ranges before and after it only."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layers", "name"), [(RANGE, "before"), (RANGE, "after"), (EARLY, "random")])
 def test_controls_freeze_as_many_parameters(fresh_tiny_model, layers, name) -> None:
     control = width_matched_controls(layers, 6)[name]
@@ -175,6 +176,7 @@ def test_lora_outside_leaves_the_range_and_is_merged(fresh_tiny_model) -> None:
     assert set(state(fresh_tiny_model)) == set(before)
 
 
+@pytest.mark.slow
 def test_the_seed_of_a_run_draws_the_start_of_its_updates(make_tiny_model) -> None:
     """One step of one batch, so that the order of the data is no difference: only the start of the updates is."""
     config = replace(QUICK, epochs=1, batch_size=len(PAIRS))
@@ -196,6 +198,7 @@ def test_states_alternate_and_every_user_batch_comes_once() -> None:
     assert alternate(user, alignment, 9, 2) == user
 
 
+@pytest.mark.slow
 def test_a_large_rho_holds_the_weights_near_their_start(fresh_tiny_model, make_tiny_model) -> None:
     """The pull is on the distance to where the state began, so no single step's: many steps of one state."""
     config = replace(QUICK, epochs=12, clip_norm=1e9)
@@ -302,6 +305,7 @@ def test_dpo_loss_by_hand(fresh_tiny_model) -> None:
     assert record.steps[1].loss == pytest.approx(float(expected), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_dpo_run_does_not_go_on_from_one_of_another_beta(make_tiny_model, tmp_path) -> None:
     config, options = replace(QUICK, checkpoint_every=1), {"checkpoint": tmp_path / "run.pt", "progress": False}
     first = dpo(make_tiny_model(), PREFERENCES, config, beta=0.1, **options)
