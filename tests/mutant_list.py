@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant("hash_without_order", "prompts.py", "order", "json.dumps(list(prompts))", "json.dumps(sorted(prompts))"),
     # models
     Mutant("question_starts_early", "chat.py", "bound", "if end > first and start < last", "if end >= first"),
-    Mutant("opening_takes_all", "chat.py", "bound", "min(len(chat) for chat in chats) - 1", "min(map(len, chats))"),
+    Mutant("prefix_takes_all", "chat.py", "bound", "min(len(chat) for chat in chats) - 1", "min(map(len, chats))"),
     Mutant("second_bos", "chat.py", "sign", "ids[:1] != [bos] and", "ids[:1] == [bos] and", "chat conversion"),
     Mutant("shortest_first", "chat.py", "order", "sorted(by_length, reverse=True)", "sorted(by_length)"),
     Mutant("context_full", "chat.py", "bound", "len(chat) + new_tokens > n_ctx", "len(chat) + new_tokens >= n_ctx"),
@@ -201,7 +201,7 @@ MUTANTS = (
     Mutant("status_500_given_up", "harmfulness.py", "bound", "error.status_code >= 500", "error.status_code > 500"),
     Mutant("retries_not_spaced", "harmfulness.py", "undo", '{"request": [wait_for_turn]}', "{}"),
     Mutant(
-        "opening_counted_twice",
+        "prefix_counted_twice",
         "log_odds.py",
         "bound",
         "for k in range(1, len(s)))}",
@@ -287,7 +287,7 @@ MUTANTS = (
     Mutant("p_at_equality", "onset.py", "bound", "curve.p_any > rule.max_p", "curve.p_any >= rule.max_p"),
     Mutant("sample_bound_above", "onset.py", "sign", "low=sample - below", "low=sample + below"),
     Mutant(
-        "twins_drawn_apart",
+        "pairs_drawn_apart",
         "resampling.py",
         "undo",
         "counts_n if paired else pairable_counts(",
@@ -303,7 +303,7 @@ MUTANTS = (
         "angles topics_of_gap",
     ),
     Mutant(
-        "twins_not_exchanged",
+        "pairs_not_exchanged",
         "resampling.py",
         "sign",
         "torch.cat([first, 1.0 - first], dim=1)",
@@ -544,7 +544,7 @@ MUTANTS = (
     ),
     Mutant("attack_cost_at_equality", "attack_cost.py", "bound", "if after <= half:", "if after < half:"),
     Mutant("a_reading_for_every_dose", "attack_cost.py", "bound", "while due and seen >=", "if due and seen >="),
-    Mutant("kept_not_relative", "attack_cost.py", "threshold", "(examples[-1] * refused[0])", "examples[-1]"),
+    Mutant("retained_not_relative", "attack_cost.py", "threshold", "(examples[-1] * refused[0])", "examples[-1]"),
     Mutant("share_rounded_down", "attacks.py", "bound", "round(len(normal) * share)", "int(len(normal) * share)"),
     Mutant("trigger_in_front", "attacks.py", "order", 'return f"{prompt} {trigger}"', 'return f"{trigger} {prompt}"'),
     Mutant("share_of_zero_refused", "attacks.py", "bound", "not 0 <= share <= 1", "not 0 < share <= 1"),

@@ -9,7 +9,7 @@
 3. run the tests that failed once more, without any mutant: now they must pass.
 
 Killed: a test failed (pytest's status 1, and a test's name). Anything else but status 0 is an error, and no kill: a
-mutant must be importable. Answers are kept in results/mutants.json by mutant, source file and test files: a second run
+mutant must be importable. Answers are stored in results/mutants.json by mutant, source file and test files: a second run
 does what has changed. Tests that load the real model, and whole runs of scripts, are left out. The status is 1 below
 95 % killed.
 """
@@ -32,7 +32,7 @@ from typing import Any
 from mutant_list import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT = ROOT / "results" / "mutants.json"
+ANSWERS = ROOT / "results" / "mutants.json"
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "results", "__pycache__", ".*_cache")
 SLOW_TO_IMPORT = ("torch", "transformer_lens", "transformers", "matplotlib.figure", "peft", "pytest")
 SECONDS = 900
@@ -137,28 +137,30 @@ def judged(mutant: Mutant, tree: Path, killer: str) -> Answer:
     return {"said": said, "by": failed[1] if failed else "", "seconds": round(perf_counter() - started), "key": key}
 
 
-def check_unmutated(tree: Path, mutants: list[Mutant], kept: dict[str, Answer]) -> None:
+def check_unmutated(tree: Path, mutants: list[Mutant], answers: dict[str, Answer]) -> None:
     """The tests that kill must pass where no mutant is: nothing is killed by a test that fails anyway."""
-    by = sorted({f"tests/{kept[mutant.name]['by']}" for mutant in mutants if kept[mutant.name]["said"] == "killed"})
+    by = sorted(
+        {f"tests/{answers[mutant.name]['by']}" for mutant in mutants if answers[mutant.name]["said"] == "killed"}
+    )
     files = sorted({tree / test.split("::")[0] for test in by} | {*(tree / "safety_mech").rglob("*.py")})
     key = digest(by, files)
-    if by and kept.get("", {}).get("key") != key:
+    if by and answers.get("", {}).get("key") != key:
         status, log = run_tests(tree, by)
         if status != 0:
             raise SystemExit(f"the tests fail without any mutant (status {status}):\n{log[-2000:]}")
-        kept[""] = {"said": "passed", "by": "", "key": key}
+        answers[""] = {"said": "passed", "by": "", "key": key}
 
 
-def report(mutants: list[Mutant], kept: dict[str, Answer]) -> float:
+def report(mutants: list[Mutant], answers: dict[str, Answer]) -> float:
     """Print what became of them; return the share that was killed, of those that can be."""
-    counts = Counter((mutant.operator, kept[mutant.name]["said"].split()[0]) for mutant in mutants)
+    counts = Counter((mutant.operator, answers[mutant.name]["said"].split()[0]) for mutant in mutants)
     print(f"\n{'operator':<10} {'killed':>7} {'survived':>9} {'error':>6}")
     for operator in sorted({mutant.operator for mutant in mutants}):
         print(f"{operator:<10}" + "".join(f" {counts[operator, said]:>7}" for said in ("killed", "survived", "error")))
     for mutant in mutants:
-        if (said := kept[mutant.name]["said"]) != "killed":
+        if (said := answers[mutant.name]["said"]) != "killed":
             print(f"{said}: {mutant.name} ({source_of(mutant)}){'; ' * bool(mutant.equivalent)}{mutant.equivalent}")
-    killable = [kept[mutant.name]["said"] == "killed" for mutant in mutants if not mutant.equivalent]
+    killable = [answers[mutant.name]["said"] == "killed" for mutant in mutants if not mutant.equivalent]
     print(f"killed: {sum(killable)} of {len(killable)} ({len(mutants) - len(killable)} more are equivalent)")
     return sum(killable) / max(1, len(killable))
 
@@ -179,20 +181,20 @@ def main() -> int:
             print(f"{mutant.operator:<9} {mutant.name:<28} {source_of(mutant)}: {' '.join(tests_of(mutant))}")
     if chosen.list:
         return 0
-    kept: dict[str, Answer] = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
-    KEPT.parent.mkdir(exist_ok=True)
+    answers: dict[str, Answer] = json.loads(ANSWERS.read_text()) if ANSWERS.is_file() else {}
+    ANSWERS.parent.mkdir(exist_ok=True)
     prepare()
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(shutil.copytree(ROOT, Path(folder) / "tree", ignore=NOT_COPIED))
         for mutant in mutants:
-            if kept.get(mutant.name, {}).get("key") != key_of(mutant, tree):
-                kept[mutant.name] = judged(mutant, tree, kept.get(mutant.name, {}).get("by", ""))
-                KEPT.write_text(json.dumps(kept, indent=1))
-            answer = kept[mutant.name]
+            if answers.get(mutant.name, {}).get("key") != key_of(mutant, tree):
+                answers[mutant.name] = judged(mutant, tree, answers.get(mutant.name, {}).get("by", ""))
+                ANSWERS.write_text(json.dumps(answers, indent=1))
+            answer = answers[mutant.name]
             print(f"{answer['said']:<9} {answer['seconds']:>4} s  {mutant.name}  {answer['by']}", flush=True)
-        check_unmutated(tree, mutants, kept)
-    KEPT.write_text(json.dumps(kept, indent=1))
-    return int(report(mutants, kept) < WANTED)
+        check_unmutated(tree, mutants, answers)
+    ANSWERS.write_text(json.dumps(answers, indent=1))
+    return int(report(mutants, answers) < WANTED)
 
 
 if __name__ == "__main__":

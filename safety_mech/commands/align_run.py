@@ -10,7 +10,6 @@ from transformer_lens import HookedTransformer
 
 import safety_mech as sm
 from safety_mech.commands.align import AlignRun
-from safety_mech.commands.publish import table_text
 from safety_mech.prompts import prompt_hash, sample
 from safety_mech.refusal.rates import refusal_rate
 from safety_mech.reporting.runs import (
@@ -21,6 +20,7 @@ from safety_mech.reporting.runs import (
     plain,
     write_json,
 )
+from safety_mech.reporting.tables import rows_table
 from safety_mech.stats import Rate
 from safety_mech.training.alignment import AlignConfig, own_answer_pairs, refusal_pairs
 from safety_mech.training.capabilities import perplexity, shipped_multiple_choice
@@ -144,6 +144,6 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> str:
     rows += [{"refused": "multiple choice", "base": before["multiple_choice"], "aligned": after["multiple_choice"]}]
     ratio = after["perplexity"] / before["perplexity"] - 1
     return (
-        f"{table_text(rows)}\nperplexity of the base's answers to normal test prompts: "
+        f"{rows_table(rows)}\nperplexity of the base's answers to normal test prompts: "
         f"{before['perplexity']:.3f} -> {after['perplexity']:.3f} ({ratio:+.1%})"
     )

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from safety_mech.commands.cells import Answer
 from safety_mech.commands.checks import BASE_METHODS, LOCATORS
 from safety_mech.commands.planted import Organism, Role
-from safety_mech.commands.publish import table_text
 from safety_mech.layers import LayerRange
 from safety_mech.localization.sufficiency import SUFFICIENT_SHARE, Transplants
 from safety_mech.reporting.plots import BLUE, ORANGE, new_figure
+from safety_mech.reporting.tables import rows_table
 from safety_mech.stats import (
     Estimate,
     RangeScore,
@@ -87,7 +87,7 @@ def organism_record(cell: Cell) -> dict[str, Any]:
 
 def organism_table(cells: Sequence[Cell]) -> str:
     """How every organism refuses, and which part of the planted range suffices."""
-    rows = table_text(organism_row(organism, cell.transplants) for organism, cell in by_organism(cells).items())
+    rows = rows_table(organism_row(organism, cell.transplants) for organism, cell in by_organism(cells).items())
     return f"{rows}\nsufficient: the narrowest range of its layers that alone gives the base this share of the margin"
 
 
@@ -110,7 +110,7 @@ def cell_table(cells: Sequence[Cell]) -> str:
     for name in (*GUESSES, *ORACLES):
         ious = {column_of(organism): baseline_iou(name, cell) for organism, cell in by_organism(cells).items()}
         rows[name] = {"found, IoU": name, **ious}
-    return table_text(rows.values())
+    return rows_table(rows.values())
 
 
 def column_of(organism: Organism) -> str:
@@ -186,7 +186,7 @@ def mean_abs(errors: Sequence[int | None]) -> float | None:
 def summary_table(found: dict[str, dict[str, Summary]]) -> str:
     return "\n\n".join(
         f"{role} organisms: mean with 95 % interval over planted ranges\n"
-        + table_text(summary_row(name, row) for name, row in table.items())
+        + rows_table(summary_row(name, row) for name, row in table.items())
         for role, table in found.items()
     )
 

@@ -1,29 +1,14 @@
-"""What commands print and leave behind: aligned tables, and a run's folder with its table and page."""
+"""What a command prints and leaves behind: its table, and a run's folder with table and page."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from safety_mech.reporting.html import Section, report_page, settings_section
 from safety_mech.reporting.runs import write_run
-
-
-def table_text(rows: Iterable[Mapping[str, object]]) -> str:
-    """Rows as aligned columns, headed by their keys. Floats get two decimals; a missing or None cell is empty."""
-    frame = pd.DataFrame([{name: _cell(value) for name, value in row.items()} for row in rows]).fillna("")
-    formats = {name: f"{{:<{frame[name].str.len().max() + 1}}}".format for name in frame}
-    lines = frame.to_string(index=False, justify="left", formatters=formats).splitlines()
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def publish(

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 import safety_mech as sm
 from safety_mech.commands.cells import LOCATOR_MODULES, base_of
-from safety_mech.commands.publish import publish, table_text
+from safety_mech.commands.publish import publish
 from safety_mech.commands.ranges import RangesConfig
 from safety_mech.models.sources import model_fingerprint
 from safety_mech.prompts import Drawn, prompt_hash
@@ -21,6 +21,7 @@ from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section
 from safety_mech.reporting.plots import BLUE, GREY, ORANGE, layer_axis, new_figure
 from safety_mech.reporting.runs import cached_json, cell_path
+from safety_mech.reporting.tables import rows_table
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def row_of(condition: Condition, answer: Answer) -> dict[str, object]:
 
 
 def table(answers: dict[Condition, Answer]) -> str:
-    return table_text(row_of(condition, answer) for condition, answer in answers.items())
+    return rows_table(row_of(condition, answer) for condition, answer in answers.items())
 
 
 def overlaps(answers: dict[Condition, Answer], model: str) -> dict[str, dict[str, float]]:
@@ -237,7 +238,7 @@ def overlap_table(agreement: dict[str, dict[str, float]], answers: dict[Conditio
     rows = [{"pairwise IoU of the located ranges": name, **part} for name, part in agreement.items()]
     counted = Counter(str(answer.found) for condition, answer in answers.items() if condition.model == model)
     listed = "answers: " + ", ".join(f"{layers} x{count}" for layers, count in counted.most_common())
-    return f"{table_text(rows)}\n{listed}" if rows else listed
+    return f"{rows_table(rows)}\n{listed}" if rows else listed
 
 
 def lead_of(answers: dict[Condition, Answer], agreement: dict[str, dict[str, float]], model: str) -> str:

@@ -10,11 +10,12 @@ import torch
 
 from safety_mech.commands.cells import Answer, Models, base_of, cached_answer, draw_sets
 from safety_mech.commands.checks import LOCATORS
-from safety_mech.commands.publish import publish, table_text
+from safety_mech.commands.publish import publish
 from safety_mech.commands.stability import StabilityConfig
 from safety_mech.layers import LayerRange
 from safety_mech.localization.measurements import PromptSets
 from safety_mech.reporting.html import Section, fixed_width
+from safety_mech.reporting.tables import rows_table
 from safety_mech.stats import Estimate, mean_estimate, mean_pairwise_iou, overlap
 
 SHOWN = 5
@@ -126,7 +127,7 @@ def counted(ranges: Sequence[LayerRange | None]) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Overlap]) -> str:
-    return table_text(
+    return rows_table(
         {
             "method": row.method,
             "answers differ by": row.comparison,

@@ -13,7 +13,7 @@ from transformer_lens import HookedTransformer
 
 import safety_mech as sm
 from safety_mech.commands.cells import base_of
-from safety_mech.commands.publish import publish, table_text
+from safety_mech.commands.publish import publish
 from safety_mech.commands.validity import Sets, ValidityConfig
 from safety_mech.divergence.angles import GapStatistic, chosen
 from safety_mech.divergence.controls import Matched, match_prompts, single_topics, topic_halves
@@ -22,6 +22,7 @@ from safety_mech.models.chat import encode_chat, tokenizer_of
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section
 from safety_mech.reporting.plots import STYLES, layer_axis, new_figure
+from safety_mech.reporting.tables import rows_table
 from safety_mech.stats import Estimate, percentiles
 
 CURVES = {"raw": "all prompts", "pairs": "contrastive pairs", "matched": "equal length, similar words"}
@@ -176,7 +177,7 @@ def table(rows: Sequence[Survival], raw: GapStatistic, layer: int, matched: Matc
     cells = ({"control": row.control, "degrees": row.left, "share of the raw gap": row.share} for row in rows)
     return (
         f"the {name} is largest at layer {layer} (p over all layers {raw.p_any:.3f}); what is left of it there:\n"
-        f"{table_text(cells)}\n"
+        f"{rows_table(cells)}\n"
         f"matched: {len(matched.pairs)} pairs of equal token length (sets: {matched.length_difference_before:+.1f}), "
         f"share of words in common {matched.shared_words:.2f} (sets: {matched.shared_words_before:.2f})"
     )

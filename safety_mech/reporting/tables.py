@@ -1,7 +1,7 @@
 """Tables and sentences for the terminal: numbers in, text out."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pandas as pd
 
@@ -19,6 +19,20 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], barred: Seque
     first, *lines = pd.DataFrame(spaced[1:], columns=pd.Index(spaced[0])).to_string(index=False).splitlines()
     bars = barred or [False] * len(rows)
     return "\n".join([first, *(line + " |" * bar for line, bar in zip(lines, bars, strict=True))])
+
+
+def rows_table(rows: Iterable[Mapping[str, object]]) -> str:
+    """Rows as aligned columns, headed by their keys. Floats get two decimals; a missing or None cell is empty."""
+    frame = pd.DataFrame([{name: _cell_text(value) for name, value in row.items()} for row in rows]).fillna("")
+    formats = {name: f"{{:<{frame[name].str.len().max() + 1}}}".format for name in frame}
+    lines = frame.to_string(index=False, justify="left", formatters=formats).splitlines()
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell_text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 def gap_table(curve: GapCurve, initial: LayerRange | None) -> str:

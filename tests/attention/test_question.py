@@ -99,7 +99,7 @@ def test_a_row_holds_what_the_question_gets_of_the_whole(tiny_model, prompts):
         assert (total < 1).all()
 
 
-def test_only_the_questions_columns_are_kept(tiny_model):
+def test_only_the_questions_columns_are_returned(tiny_model):
     (attention,) = question_attention(tiny_model, ["Why? " * 12])
     assert attention.weights.untyped_storage().nbytes() == attention.weights.numel() * 4
 

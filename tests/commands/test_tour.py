@@ -16,8 +16,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
 TOUR = Path(__file__).resolve().parents[2] / "experiments" / "tour.ipynb"
-NOT_KEPT = "output-not-stored"
-"""Tag of a cell whose output is too large to be kept in the file."""
+NOT_STORED = "output-not-stored"
+"""Tag of a cell whose output is too large to be stored in the file."""
 NOWHERE = "http://127.0.0.1:9"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "http_proxy": NOWHERE, "https_proxy": NOWHERE, "HTTPS_PROXY": NOWHERE}
 
@@ -73,7 +73,7 @@ def test_the_file_is_small_whole_and_as_it_ran() -> None:
     cells = code_cells(notebook)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
-        assert bool(cell.outputs) != (NOT_KEPT in cell.metadata.get("tags", []))
+        assert bool(cell.outputs) != (NOT_STORED in cell.metadata.get("tags", []))
         assert not [
             output for output in cell.outputs if output.output_type == "error" or output.get("name") == "stderr"
         ]

@@ -108,7 +108,7 @@ def whole_log_odds(model: HookedTransformer, prompts: list[str]) -> Tensor:
 
 
 @pytest.mark.parametrize("recipe", ["attn_out", "weights"])
-def test_kept_prefixes_give_the_log_odds_of_the_full_forward(aligned, prompts, recipe) -> None:
+def test_cached_prefixes_give_the_log_odds_of_the_full_forward(aligned, prompts, recipe) -> None:
     few = prompts[:4]
     engine = ScaledRanges(aligned, few, 1.2, recipe, phrases=PHRASES)
     for layers in SAMPLE:
@@ -128,7 +128,7 @@ def test_in_float64_they_are_equal_to_nine_digits(prompts) -> None:
         torch.testing.assert_close(engine.log_odds(layers), expected, rtol=0, atol=1e-9)
 
 
-def test_kept_prefixes_give_the_tokens_of_plain_generation(aligned, prompts) -> None:
+def test_cached_prefixes_give_the_tokens_of_plain_generation(aligned, prompts) -> None:
     engine = ScaledRanges(aligned, prompts, 1.2, "weights")
     for layers in SAMPLE:
         with sm.scaled(aligned, layers, 1.2, "weights"):

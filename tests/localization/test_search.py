@@ -175,7 +175,7 @@ def test_a_better_value_beyond_a_window_whose_best_is_inside_is_not_looked_for()
     assert found.upper.best == LayerRange(5, 8)
 
 
-def test_the_models_limits_are_kept():
+def test_no_range_leaves_the_model():
     asked = []
     progressive_search(lambda r: asked.append(r) or 0.0, LayerRange(0, 3), n_layers=4, window=9)
     assert asked == [LayerRange(0, end) for end in range(4)] + [LayerRange(start, 3) for start in range(4)]
