@@ -7,7 +7,6 @@ they would see had the weight been changed. The weights stay as they are, so a t
 a whole weight and adds nothing to one.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -210,12 +209,6 @@ def matrices_in_bfloat16(model: HookedTransformer) -> Iterator[None]:
     finally:
         for parameter, data in own.items():
             parameter.data = data
-
-
-def adapter_hash(folder: str | Path | None) -> str:
-    """SHA-256 of an adapter's weights; of no adapter, that of nothing."""
-    weights = Path(folder, "adapter_model.safetensors").read_bytes() if folder else b""
-    return hashlib.sha256(weights).hexdigest()
 
 
 def save_adapter(
