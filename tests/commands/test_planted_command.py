@@ -56,6 +56,7 @@ def config_for(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return make
 
 
+@pytest.mark.long_run
 @pytest.mark.whole_run
 def test_every_locator_on_every_organism(config_for, capsys):
     folder = planted.main(config_for())

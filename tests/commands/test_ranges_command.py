@@ -34,6 +34,7 @@ def config_for(llama_folder: Path, tmp_path: Path) -> Callable[..., object]:
     return make
 
 
+@pytest.mark.long_run
 @pytest.mark.whole_run
 def test_every_condition_has_an_answer_and_a_line(
     config_for: Callable[..., object], capsys: pytest.CaptureFixture[str]
@@ -55,6 +56,7 @@ def test_every_condition_has_an_answer_and_a_line(
     assert "4/4" in capsys.readouterr().out
 
 
+@pytest.mark.long_run
 @pytest.mark.whole_run
 def test_a_finished_search_is_not_run_again(config_for: Callable[..., object], monkeypatch: pytest.MonkeyPatch) -> None:
     first = (ranges.main(config_for()) / "table.txt").read_text()

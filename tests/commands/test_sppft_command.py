@@ -87,6 +87,7 @@ def numbers_of(folder: Path) -> Any:
     return metrics
 
 
+@pytest.mark.long_run
 @pytest.mark.whole_run
 def test_interrupted_it_goes_on_and_ends_with_the_same_table(
     config_for: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,6 +113,7 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_table(
     assert len(ran) == 3 * 2 + 1
 
 
+@pytest.mark.long_run
 @pytest.mark.whole_run
 def test_the_table_and_the_figure(config_for: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
     folder = sppft.main(

@@ -118,6 +118,7 @@ def test_cached_prefixes_give_the_log_odds_of_the_full_forward(aligned, prompts,
     assert len({round(float(engine.log_odds(layers).mean()), 3) for layers in SAMPLE}) > 3, "control: cells differ"
 
 
+@pytest.mark.long_run
 def test_in_float64_they_are_equal_to_nine_digits(prompts) -> None:
     """What float32 leaves open is rounding, not the method."""
     model = sm.load_model("smollm2-135m-aligned").to(torch.float64)
@@ -128,6 +129,7 @@ def test_in_float64_they_are_equal_to_nine_digits(prompts) -> None:
         torch.testing.assert_close(engine.log_odds(layers), expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.long_run
 def test_cached_prefixes_give_the_tokens_of_plain_generation(aligned, prompts) -> None:
     engine = ScaledRanges(aligned, prompts, 1.2, "weights")
     for layers in SAMPLE:
@@ -136,6 +138,7 @@ def test_cached_prefixes_give_the_tokens_of_plain_generation(aligned, prompts) -
         assert engine.answers(layers, whole=True) == expected
 
 
+@pytest.mark.long_run
 @pytest.mark.parametrize("recipe", ["attn_out", "weights"])
 def test_scaled_too_far_the_model_degenerates_and_that_is_no_refusal(aligned, prompts, recipe) -> None:
     """Attention output: repetitions, which the judge calls degenerate; weights: a salad of words, no refusal either."""

@@ -350,6 +350,7 @@ def test_code_in_pickled_weights_is_not_executed(tmp_path):
 # --- the real model ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long_run
 @pytest.mark.real_model
 def test_built_in_model_equals_transformers(real_model):
     reference, tokenizer = load_transformers("smollm2-135m-instruct")

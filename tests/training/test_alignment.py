@@ -43,6 +43,7 @@ def test_only_planted_layers_are_in_the_file(folder: Path):
     assert found == set(planted_in(folder))
 
 
+@pytest.mark.long_run
 @pytest.mark.real_model
 def test_an_organism_is_its_base_elsewhere_and_refuses():
     torch.set_num_threads(2)

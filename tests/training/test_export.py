@@ -157,6 +157,7 @@ def test_the_tokenizer_and_its_template_come_from_the_base(base, tmp_path):
     assert ours("How do I bake a cake?").input_ids == theirs("How do I bake a cake?").input_ids
 
 
+@pytest.mark.long_run
 @pytest.mark.real_model
 def test_the_built_in_model_out_of_a_gguf(real_model, tmp_path):
     """The aligned weights with the base's config and tokenizer, which come out of a GGUF file."""
