@@ -28,8 +28,10 @@ def assert_same(found: list, expected: list[Tensor], atol: float = 1e-6) -> None
         torch.testing.assert_close(attention.weights, weights, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("batch_tokens", [1, 100, 4096])
+@pytest.mark.parametrize("share_prefix", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "batch_tokens", [pytest.param(1, marks=pytest.mark.slow), 100, pytest.param(4096, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("template", ["own", "alpaca_short"])
 def test_equals_the_cache_of_every_prompt_alone(tiny_model, prompts, template, batch_tokens, share_prefix):
     found = question_attention(tiny_model, prompts, template, batch_tokens=batch_tokens, share_prefix=share_prefix)

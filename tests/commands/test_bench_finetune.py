@@ -40,6 +40,7 @@ def test_variants_that_do_other_work_are_told(bench: ModuleType, config: Any, mo
         bench.main(config)
 
 
+@pytest.mark.slow
 def test_the_middle_third(bench: ModuleType) -> None:
     layers = bench.middle_third(30)
     assert (layers.start, layers.end) == (10, 19)

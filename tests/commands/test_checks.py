@@ -82,6 +82,7 @@ OF_SCRIPT = {
 """A missing file and refused flags, command by command."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", OF_SCRIPT)
 def test_help_is_answered_without_torch(script: str, tmp_path: Path) -> None:
     answered_without_torch(script, ["--help"], 0, tmp_path)

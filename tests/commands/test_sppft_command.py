@@ -359,6 +359,7 @@ def test_the_trigger_is_in_table_metrics_and_figure(
 # --- what a cell is named by ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["TRIGGER", "LISA_STEPS", "LISA_RHO", "DPO_BETA", "LORA_RANK", "IMPLICIT_PREFIX"])
 def test_another_constant_is_another_cell(
     bench_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
@@ -455,6 +456,7 @@ def test_what_is_not_defined_is_said() -> None:
     assert sppft_table.percent(Estimate(0.5, math.nan, math.nan)) == "50% [no interval]"
 
 
+@pytest.mark.slow
 def test_intervals_are_over_the_categories() -> None:
     """Two categories, of which one is refused: an interval over whole categories reaches from all to nothing."""
     refused = [1, 1, 1, 1, 0, 0, 0, 0]

@@ -46,8 +46,10 @@ def test_prompts_are_of_mixed_length_and_some_share_a_batch(tiny_model, prompts)
     assert 1 < len(set(found)) < len(found)
 
 
-@pytest.mark.parametrize("share_prefix", [True, False])
-@pytest.mark.parametrize("batch_tokens", [1, 100, 4096])
+@pytest.mark.parametrize("share_prefix", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "batch_tokens", [pytest.param(1, marks=pytest.mark.slow), 100, pytest.param(4096, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("template", ["own", "alpaca"])
 def test_equals_the_cache_of_every_prompt_alone(tiny_model, prompts, template, batch_tokens, share_prefix):
     acts = last_token_residuals(tiny_model, prompts, template, batch_tokens=batch_tokens, share_prefix=share_prefix)
@@ -107,6 +109,7 @@ def test_hooks_are_removed_afterwards(fresh_tiny_model, prompts):
     assert fresh_tiny_model.context_level == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_call", [1, 3, 5])
 def test_hooks_are_removed_after_an_exception_in_the_middle(fresh_tiny_model, prompts, at_call):
     calls = []
@@ -128,6 +131,7 @@ def test_hooks_are_removed_after_an_exception_in_the_middle(fresh_tiny_model, pr
     assert_same_streams(last_token_residuals(model, prompts), from_the_cache(model, prompts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["blocks.2.hook_attn_out", "blocks.2.hook_resid_post", "hook_embed"])
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_a_hook_of_the_users_own_is_active(tiny_model, prompts, point, share_prefix):
@@ -248,6 +252,7 @@ def test_types_are_checked(tiny_model):
 # --- memory ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_but_the_last_position_outlives_its_layer(tiny_model, prompts):
     born, alive_at_once = [], []
 

@@ -183,6 +183,7 @@ def test_pairs_are_reflected_together():
     assert rejected(apart.symmetric.p_values) < 0.2
 
 
+@pytest.mark.slow
 def test_pairs_of_one_place_are_rejected_in_five_percent():
     generator = seeded(8)
     shared, own_n, own_m = (torch.randn(40, 200, 8, generator=generator) for _ in range(3))

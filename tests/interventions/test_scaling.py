@@ -118,7 +118,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("alpha", [0.8, 1.2])
+@pytest.mark.parametrize("alpha", [pytest.param(0.8, marks=pytest.mark.slow), 1.2])
 @pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_a_recipe_equals_weights_that_were_multiplied(name, recipe, alpha):
     model = build(name)
@@ -160,6 +160,7 @@ def mixture_of_experts() -> HookedTransformer:
     return to_hooked(checkpoint.eval().requires_grad_(False), TOKENIZER)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_would_pass_experts_by_is_refused():
     model = mixture_of_experts()
     for recipe in ("weights", "weights_no_o", Recipe(("attn.hook_z", "mlp.hook_pre"))):

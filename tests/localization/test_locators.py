@@ -56,6 +56,7 @@ def answers(
     return {name: method(refusing_model, sets) for name, method in (LOCATORS | base_locators(base)).items()}
 
 
+@pytest.mark.slow
 def test_all_have_one_shape(answers):
     assert len(answers) == 13
     for name, found in answers.items():
@@ -67,12 +68,14 @@ def test_all_have_one_shape(answers):
         assert sum(found.samples.values()) in (0, SAMPLES, 1000)
 
 
+@pytest.mark.slow
 def test_margin(refusing_model, sets, answers):
     slopes = [log_odds_slopes(refusing_model, texts, phrases=sets.phrases)[:, 0] for texts in (MALICIOUS, NORMAL)]
     torch.testing.assert_close(answers["margin_attn"].scores, margin(*slopes))
     assert answers["margin_attn"].range == best_segment(margin(*slopes)).range
 
 
+@pytest.mark.slow
 def test_direction(refusing_model, answers):
     normal, malicious = (sm.last_token_residuals(refusing_model, texts) for texts in (NORMAL, MALICIOUS))
     d_prime = separation(normal, malicious).d_prime
@@ -81,6 +84,7 @@ def test_direction(refusing_model, answers):
     torch.testing.assert_close(scores[1:], d_prime[1:] - d_prime[:-1])
 
 
+@pytest.mark.slow
 def test_patching(refusing_model, sets, answers):
     effect = patch_pairs(refusing_model, PAIRS[:2], phrases=sets.phrases).effect
     torch.testing.assert_close(answers["patching"].scores, effect.mean(1))
@@ -198,12 +202,14 @@ def test_a_score_of_just_enough_is_enough():
     assert first_run(torch.tensor([0.25, 0.5, 0.5, 0.25]), 0.5) == sm.LayerRange(1, 2)
 
 
+@pytest.mark.slow
 def test_against_the_base(refusing_model, base, sets, answers):
     torch.testing.assert_close(answers["weight_change"].scores, weight_change(refusing_model, base))
     lost = [swap_losses(refusing_model, base, texts, phrases=sets.phrases) for texts in (MALICIOUS, NORMAL)]
     torch.testing.assert_close(answers["swap"].scores, margin(*lost))
 
 
+@pytest.mark.slow
 def test_gap_is_the_papers_first_step(refusing_model, base, answers):
     def curve(model: HookedTransformer) -> sm.GapCurve:
         return sm.gap_curve(*(sm.last_token_residuals(model, texts) for texts in (NORMAL, MALICIOUS)))
@@ -234,6 +240,7 @@ def test_search_is_the_papers(refusing_model, sets, answers):
         assert answers[name].scores.tolist() == pytest.approx(held)
 
 
+@pytest.mark.slow
 def test_grid_is_the_best_of_all_ranges(refusing_model, sets, answers):
     found = locate_by_scaling(
         refusing_model,
@@ -251,6 +258,7 @@ def test_grid_is_the_best_of_all_ranges(refusing_model, sets, answers):
     torch.testing.assert_close(answers["grid"].scores, means.diagonal() - found.baseline.mean())
 
 
+@pytest.mark.slow
 def test_bootstrap_answers_come_from_resampled_prompts(refusing_model, sets, answers):
     """By hand for one locator, with its own generator: malicious are drawn first, then normal prompts."""
     slopes = [log_odds_slopes(refusing_model, texts, phrases=sets.phrases)[:, 0] for texts in (MALICIOUS, NORMAL)]
@@ -267,6 +275,7 @@ def test_the_search_without_prompts_to_refuse(refusing_model, sets):
         LOCATORS["search"](refusing_model, replace(sets, over_rejection=()))
 
 
+@pytest.mark.slow
 def test_round_trip_through_json(answers):
     import json
 
@@ -294,6 +303,7 @@ def test_the_paper_is_the_default_and_the_reference(refusing_model):
     assert sm.locate is locate
 
 
+@pytest.mark.slow
 def test_other_methods_by_name(refusing_model, base, sets, answers):
     found = locate(refusing_model, NORMAL, MALICIOUS, method="margin_attn", phrases=sets.phrases)
     assert (found.range, found.samples) == (answers["margin_attn"].range, answers["margin_attn"].samples)

@@ -18,6 +18,7 @@ PAIRS = [sm.PromptPair("XYZ", "ZZY", "y"), sm.PromptPair("ZYX", "XXX", "y"), sm.
 SETS = PromptSets(PROMPTS[0::2], PROMPTS[1::2], pairs=PAIRS)
 
 
+@pytest.mark.slow
 def test_every_measurement_is_the_plain_one(refusing_model: HookedTransformer) -> None:
     found = Measurements(refusing_model, replace(SETS, seed=3))
     normal, malicious = (sm.last_token_residuals(refusing_model, texts) for texts in (SETS.normal, SETS.malicious))

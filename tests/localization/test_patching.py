@@ -161,6 +161,7 @@ def test_neither_layers_nor_positions_before_the_patch_are_run_again(exact_model
     assert runs == [once + [once[-1]] * (layer + 1) for layer in range(3)]
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(tiny_model, pairs):
     tokens = torch.tensor([[5, 6, 7]])
     before = tiny_model(tokens)

@@ -56,7 +56,7 @@ def hooks_on(model: HookedTransformer) -> list[str]:
 # --- log-odds --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("recipe", "alpha"), [("attn_out", 1.3), ("weights", 0.8)])
+@pytest.mark.parametrize(("recipe", "alpha"), [("attn_out", 1.3), pytest.param("weights", 0.8, marks=pytest.mark.slow)])
 def test_every_cell_equals_the_full_forward(refusing_model, some_prompts, recipe, alpha):
     ranges = measure(refusing_model, some_prompts, alpha, recipe)
     for layers in CELLS:
@@ -64,6 +64,7 @@ def test_every_cell_equals_the_full_forward(refusing_model, some_prompts, recipe
         torch.testing.assert_close(ranges.log_odds(layers), expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_the_cells_compared_differ(refusing_model, some_prompts):
     """Control: no two are as near to each other as every cell is to its full forward."""
     ranges = measure(refusing_model, some_prompts)
@@ -144,6 +145,7 @@ def test_every_answer_is_that_of_the_scaled_model(refusing_model, some_prompts, 
     assert len(seen) > (1 if which == "refusing" else 5)
 
 
+@pytest.mark.slow
 def test_unscaled_answers_are_the_plain_ones(refusing_model, prompts):
     ranges = measure(refusing_model, prompts)
     assert ranges.answers(None, whole=True) == generate(refusing_model, prompts, JUDGED_TOKENS)
@@ -354,6 +356,7 @@ def test_evaluations_are_blocks_that_were_run(refusing_model, some_prompts):
 # --- nothing is left behind, and errors ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_hook_is_left(fresh_tiny_model, some_prompts):
     tokens = encode_chat(fresh_tiny_model.tokenizer, some_prompts)[0].tokens[None]
     before = fresh_tiny_model(tokens)

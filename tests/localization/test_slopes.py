@@ -29,7 +29,15 @@ def central_difference(model: HookedTransformer, layers: LayerRange, recipe, ste
     return (ends[0] - ends[1]) / (2 * step)
 
 
-@pytest.mark.parametrize("style", [{}, GPT2_STYLE, {"output_logits_soft_cap": 2.0}], ids=["rotary", "gpt-2", "cap"])
+@pytest.mark.parametrize(
+    "style",
+    [
+        {},
+        pytest.param(GPT2_STYLE, marks=pytest.mark.slow),
+        pytest.param({"output_logits_soft_cap": 2.0}, marks=pytest.mark.slow),
+    ],
+    ids=["rotary", "gpt-2", "cap"],
+)
 def test_slopes_equal_finite_differences(style):
     model = build_tiny_model(seed=3, n_layers=3, dtype=torch.float64, **style).to(torch.float64)
     found = log_odds_slopes(model, SOME, phrases=PHRASES)

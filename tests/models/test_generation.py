@@ -44,7 +44,14 @@ def argmax_loop(model: HookedTransformer, prompt: str, length: int = LENGTH, tem
     return answer
 
 
-@pytest.mark.parametrize(("template", "batch_tokens"), [("own", 4096), ("own", 1), ("alpaca_short", 4096)])
+@pytest.mark.parametrize(
+    ("template", "batch_tokens"),
+    [
+        ("own", 4096),
+        pytest.param("own", 1, marks=pytest.mark.slow),
+        pytest.param("alpaca_short", 4096, marks=pytest.mark.slow),
+    ],
+)
 def test_equals_an_argmax_loop(model, prompts, template, batch_tokens):
     answers = generate_tokens(model, prompts, LENGTH, template, batch_tokens=batch_tokens)
     assert answers == [argmax_loop(model, prompt, LENGTH, template) for prompt in prompts]
@@ -55,6 +62,7 @@ def test_the_answers_compared_are_not_all_the_same(model, prompts):
     assert len(set(map(tuple, answers))) > len(prompts) // 2
 
 
+@pytest.mark.slow
 def test_one_by_one_gives_the_same(model, prompts):
     together = generate_tokens(model, prompts, LENGTH)
     assert [generate_tokens(model, [prompt], LENGTH)[0] for prompt in prompts] == together
@@ -225,6 +233,7 @@ def test_hooks_are_active_for_prompt_and_answer(model, prompts):
     assert hooked != plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", [{}, GPT2_STYLE], ids=["rotary", "gpt-2"])
 def test_prompt_and_answer_must_fit_the_context(style, prompts):
     roomy = build_talkative_model(**style)

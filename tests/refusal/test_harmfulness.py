@@ -112,6 +112,7 @@ def test_no_score_from_text_without_the_line() -> None:
     assert parse_verdict("#thescore: 1") == Verdict(1, "", None)
 
 
+@pytest.mark.slow
 def test_success_and_what_is_sent(endpoint: Endpoint) -> None:
     judge = endpoint.judge(GOOD, "#thescore: 1")
     assert judge([PAIR, ("a", "b"), PAIR]) == [FOUR, Verdict(1, "", None), FOUR]

@@ -65,7 +65,9 @@ def brute_force(model: HookedTransformer, prompts: list[str], phrases: list[str]
     return torch.tensor(rows, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", PHRASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "the default" else ()) for name in PHRASES]
+)
 def test_equals_probabilities_multiplied_one_by_one(exact_model, prompts, name):
     some = prompts[2:6]  # two of equal length among them
     found = refusal_log_odds(exact_model, some, phrases=PHRASES[name])

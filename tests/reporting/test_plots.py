@@ -175,6 +175,7 @@ def test_the_interval_level_is_the_curves() -> None:
     assert "90% interval" in plot_gap({"a": replace(curve_of(1.0), level=0.9)}, {}).axes[1].get_title()
 
 
+@pytest.mark.slow
 def test_a_figure_can_be_drawn_and_nothing_is_saved(
     figure: Figure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def test_the_prompt_is_mmlus() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["own", *PLAIN_TEMPLATES])
 def test_accuracy_is_that_of_a_plain_forward(model: HookedTransformer, template: str) -> None:
     questions = load_multiple_choice()[:24]

@@ -132,6 +132,7 @@ def test_the_number_format_is_the_models(base, tmp_path):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [

@@ -164,7 +164,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("whole_sequence", [False, True])
+@pytest.mark.parametrize("whole_sequence", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_loss_and_its_gradients_are_the_naive_ones(model, name, whole_sequence):
     config = replace(QUICK, whole_sequence=whole_sequence)
@@ -633,7 +633,9 @@ def train_until(model: HookedTransformer, step: int, checkpoint: Path, monkeypat
             train(model, config=LONG, checkpoint=checkpoint, **options)
 
 
-@pytest.mark.parametrize("kills", [[1], [2], [3, 8]])
+@pytest.mark.parametrize(
+    "kills", [[1], pytest.param([2], marks=pytest.mark.slow), pytest.param([3, 8], marks=pytest.mark.slow)]
+)
 def test_a_killed_run_goes_on_to_the_same_bits(make_tiny_model, tmp_path, monkeypatch, kills):
     options: dict[str, Any] = {"frozen": LayerRange(1, 2), "held_out": PAIRS[:2]}
     whole, resumed = make_tiny_model(), make_tiny_model()
@@ -685,6 +687,7 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint_whole(make_tiny_model, 
     assert not moved(resumed, state(whole))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pairs", "config", "options"),
     [

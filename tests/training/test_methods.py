@@ -93,7 +93,9 @@ WHOLE_PARAMETERS: dict[str, tuple[Method, Frozen]] = {
 """By name: a method that freezes whole parameters, and what it freezes."""
 
 
-@pytest.mark.parametrize("name", WHOLE_PARAMETERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "sppft" else pytest.mark.slow) for name in WHOLE_PARAMETERS]
+)
 def test_what_is_not_frozen_has_moved_and_nothing_else(fresh_tiny_model, name) -> None:
     method, frozen = WHOLE_PARAMETERS[name]
     before = state(fresh_tiny_model)
@@ -168,6 +170,7 @@ def test_weight_decay_would_move_frozen_entries(fresh_tiny_model) -> None:
         frozen_entries({})(fresh_tiny_model, PAIRS, replace(QUICK, weight_decay=0.1), progress=False)
 
 
+@pytest.mark.slow
 def test_lora_outside_leaves_the_range_and_is_merged(fresh_tiny_model) -> None:
     before = state(fresh_tiny_model)
     record = lora_outside(RANGE, rank=2)(fresh_tiny_model, PAIRS, QUICK, progress=False)
@@ -314,6 +317,7 @@ def test_a_dpo_run_does_not_go_on_from_one_of_another_beta(make_tiny_model, tmp_
     assert dpo(make_tiny_model(), PREFERENCES, config, beta=0.1, **options) == first
 
 
+@pytest.mark.slow
 def test_dpo_with_frozen_layers(fresh_tiny_model) -> None:
     before = state(fresh_tiny_model)
     dpo(fresh_tiny_model, PREFERENCES, QUICK, RANGE, progress=False)

@@ -28,6 +28,7 @@ def log_prob_with(model, pair, layer: int, neuron: int, factor: float) -> float:
         return float(answer_log_probs(model, encode_examples(model, [pair], config), config).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "neuron"), [(0, 3), (2, 11), (5, 30)])
 def test_scores_are_what_scaling_a_neuron_does_to_first_order(make_tiny_model, layer: int, neuron: int) -> None:
     model = make_tiny_model().double()
