@@ -6,6 +6,8 @@ model looks, and what it all was measured with.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -36,9 +38,6 @@ from safety_mech.reporting.tables import (
 )
 from safety_mech.reporting.token_views import View
 
-Initial = Mapping[str, LayerRange | None]
-Samples = Mapping[str, Counter[LayerRange | None]]
-
 EXAMPLE_TOKENS = 24
 """Enough to see a refusal or an answer begin."""
 
@@ -49,18 +48,40 @@ CAVEAT = (
 )
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where the search starts, and what says so."""
+
+    range: LayerRange | None
+    source: str
+
+    def __str__(self) -> str:
+        return f"the search starts from {self.range}: {self.source}" if self.range else self.source
+
+
+@dataclass(frozen=True)
+class LocateResult:
+    """`curves`: by prompt set, of the model; `base_curves`: of its base, where there is one. `folder`: the run's."""
+
+    curves: dict[str, GapCurve]
+    base_curves: dict[str, GapCurve]
+    initial: dict[str, LayerRange | None]
+    initial_samples: dict[str, Counter[LayerRange | None]]
+    differences: dict[str, GapDifference]
+    start: Start
+    found: SafetyLayers | None
+    folder: Path = Path()
+
+    def gap_sentence(self, name: str, statistic: Statistic) -> str:
+        """The largest gap on this prompt set, and its initial range."""
+        return gap_sentence(self.curves[name], self.initial[name], self.initial_samples[name], statistic)
+
+
 def locate_report(
     config: Any,
+    result: LocateResult,
     *,
     base_name: str | None,
-    curves: Mapping[str, GapCurve],
-    base_curves: Mapping[str, GapCurve],
-    initial: Initial,
-    samples: Samples,
-    differences: Mapping[str, GapDifference],
-    start: str,
-    statistic: Statistic,
-    found: SafetyLayers | None,
     unit: str,
     figures: Mapping[str, Figure],
     examples: Sequence[Example],
@@ -68,25 +89,26 @@ def locate_report(
     prompt_hashes: Mapping[str, str],
     sizes: Mapping[str, int],
 ) -> str:
-    """`config`: a LocateConfig. By prompt set: curves, those of the base, initial ranges, their bootstrap samples.
+    """The page of a run.
 
-    `start`: where the search starts and why; `statistic`: the one that ranges are read off; `unit`: of the measure
-    that is swept; `figures`: "gap" and, where there are any, "sweeps" and "attention"; `sizes`: of the prompt sets.
+    Args:
+        config: a LocateConfig.
+        unit: of the measure that is swept.
+        figures: "gap" and, where there are any, "alpha", "sweeps" and "attention".
+        sizes: of the prompt sets.
     """
+    found, statistic = result.found, config.statistic
+    drawn = _curves(result.curves["prompts"], result.initial["prompts"], figures["gap"])
     sections = [
-        Section("What was found", _findings(curves, initial, samples, start, statistic, found)),
-        Section("How far malicious prompts part from normal ones", _curves(curves["prompts"], initial, figures["gap"])),
-        Section("Controls", _controls(config.model, base_name, curves, base_curves, differences, statistic)),
+        Section("What was found", _findings(result, statistic)),
+        Section("How far malicious prompts part from normal ones", drawn),
+        Section("Controls", _controls(config.model, base_name, result, statistic)),
         Section("What scaling a range does to refusals", _search(found, unit, figures)),
         Section("Answers before and while scaling", _examples(found, config.recipe, examples)),
         Section("Where the model looks, and which tokens move its refusal", _pictures(figures.get("attention"), views)),
         report.settings_section(config, prompt_hashes, sizes),
     ]
-    lead = (
-        search_sentence(found)
-        if found
-        else gap_sentence(curves["prompts"], initial["prompts"], samples["prompts"], statistic)
-    )
+    lead = search_sentence(found) if found else result.gap_sentence("prompts", statistic)
     return report.report_page(f"Safety layers of {config.model}", _sentence(lead), sections)
 
 
@@ -110,19 +132,10 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _findings(
-    curves: Mapping[str, GapCurve],
-    initial: Initial,
-    samples: Samples,
-    start: str,
-    statistic: Statistic,
-    found: SafetyLayers | None,
-) -> list[Markup]:
-    sentences = [
-        _sentence(f"{name}: {gap_sentence(curve, initial[name], samples[name], statistic)}")
-        for name, curve in curves.items()
-    ]
-    sentences.append(_sentence(start))
+def _findings(result: LocateResult, statistic: Statistic) -> list[Markup]:
+    found = result.found
+    sentences = [_sentence(f"{name}: {result.gap_sentence(name, statistic)}") for name in result.curves]
+    sentences.append(_sentence(str(result.start)))
     if found is not None and found.samples and found.baseline is not None:
         total = sum(found.samples.values())
         counted = ", ".join(f"{layers} {count / total:.0%}" for layers, count in found.samples.most_common(6))
@@ -133,7 +146,7 @@ def _findings(
     return [*map(report.text, sentences), report.text(f"{CONVENTIONS} {CAVEAT}", "note")]
 
 
-def _curves(curve: GapCurve, initial: Initial, drawn: Figure) -> list[Markup]:
+def _curves(curve: GapCurve, initial: LayerRange | None, drawn: Figure) -> list[Markup]:
     peak = int(curve.gap.argmax())
     alt = (
         "Three panels by layer: cosine similarities of prompt pairs, the angle gap and the symmetric gap in degrees; "
@@ -145,24 +158,17 @@ def _curves(curve: GapCurve, initial: Initial, drawn: Figure) -> list[Markup]:
         "mean of both kinds of pairs within a set, which a wider set hardly moves; dotted, what spread alone makes of "
         f"it. Intervals: {bootstrap_text(curve)}."
     )
-    lines = gap_table(curve, initial["prompts"])
+    lines = gap_table(curve, initial)
     return [report.figure(drawn, alt, caption, wide=True), report.folded("By layer", report.fixed_width(lines))]
 
 
-def _controls(
-    model: str,
-    base_name: str | None,
-    curves: Mapping[str, GapCurve],
-    base_curves: Mapping[str, GapCurve],
-    differences: Mapping[str, GapDifference],
-    statistic: Statistic,
-) -> list[Markup]:
+def _controls(model: str, base_name: str | None, result: LocateResult, statistic: Statistic) -> list[Markup]:
     rows = []
-    for name, curve in curves.items():
+    for name, curve in result.curves.items():
         rows += _largest(name, model, curve)
-        if name in base_curves:
-            rows += _largest(name, f"{base_name} (base)", base_curves[name])
-            rows += _largest(name, "model minus base", differences[name])
+        if name in result.base_curves:
+            rows += _largest(name, f"{base_name} (base)", result.base_curves[name])
+            rows += _largest(name, "model minus base", result.differences[name])
     head = ["prompts", "of", "statistic", "largest gap", "interval", "layer", "p, all layers", "initial range"]
     caption = (
         "Gaps in degrees. One that the base has too, or that contrastive pairs (same frame, one harmful and one "
@@ -170,11 +176,11 @@ def _controls(
         "normal-normal, which a wider or narrower set moves too. Symmetric: minus the mean of both within, for place "
         "alone; its p-value "
         f"keeps each set's spread. The search uses the initial range of the {statistic} one. "
-        f"Intervals: {bootstrap_text(curves['prompts'])}; p-values are over prompts."
+        f"Intervals: {bootstrap_text(result.curves['prompts'])}; p-values are over prompts."
     )
     sentences = [
-        _sentence(f"{name}, larger than in {base_name} by at most {difference_sentence(difference)}")
-        for name, difference in differences.items()
+        _sentence(f"{name}: gap minus the gap of {base_name} peaks at {difference_sentence(difference)}")
+        for name, difference in result.differences.items()
     ]
     return [report.table(head, rows, caption), *(report.text(sentence) for sentence in sentences)]
 
