@@ -23,7 +23,8 @@ locate: $(STAMP)
 	$(BIN)/python experiments/locate.py $(ARGS)
 
 # Two processes of one thread each, a file in one of them; without PASSIVE, threads that wait would take the cores.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
+# Bytecode is written even where the caller forbids it: without it every worker compiles all tests anew.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(STAMP)
 	$(PYTEST) -m 'not slow and not whole_run and not real_model and not long_run' $(ARGS)
