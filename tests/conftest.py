@@ -146,3 +146,14 @@ def open_file(_chromium: Any) -> Callable[[Path], Any]:
     from browser import open_in
 
     return lambda path: open_in(_chromium, path)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`slow_cases`: of a parametrized test's cases, all but the first are slow."""
+    seen = set()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in seen and item.get_closest_marker("slow_cases"):
+            item.add_marker(pytest.mark.slow)
+        seen.add(name)

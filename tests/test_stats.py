@@ -114,6 +114,7 @@ def test_mean_pairwise_iou_by_hand():
     assert (same.value, same.low, same.high) == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_thousand_answers_cost_no_memory():
     found = mean_pairwise_iou([R(0, 3), R(2, 5)] * 500)
     assert found.value == pytest.approx((499 + 500 / 3) / 999)

@@ -38,6 +38,7 @@ def test_equals_the_cache_of_every_prompt_alone(tiny_model, prompts, template, b
     assert_same(found, from_the_cache(tiny_model, prompts, template))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("head", [0, 3])
 def test_one_head_equals_that_head_of_the_cache(tiny_model, prompts, head):
     found = question_attention(tiny_model, prompts, head=head)
@@ -46,6 +47,7 @@ def test_one_head_equals_that_head_of_the_cache(tiny_model, prompts, head):
     assert not torch.allclose(found[0].weights, mean[0].weights, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_mean_is_over_heads(tiny_model, prompts):
     heads = [question_attention(tiny_model, prompts, head=head)[1].weights for head in range(4)]
     mean = question_attention(tiny_model, prompts)[1].weights

@@ -67,6 +67,7 @@ def test_weights_are_scaled_where_said_and_put_back(bench: ModuleType, llama_fol
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 
 
+@pytest.mark.slow
 def test_methods_that_scale_differently_are_told(
     bench: ModuleType, config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

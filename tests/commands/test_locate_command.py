@@ -260,6 +260,7 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text("utf-8"))
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_folder(
     config_for: Callable[..., object], files: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from safety_mech.commands.memory import peak_since, start_of_peak
 from safety_mech.models.chat import ChatTokens
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux'")
 def test_the_peak_is_in_bytes_above_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     start = start_of_peak()

@@ -144,6 +144,7 @@ def test_the_learning_rate_is_the_best_for_the_task(bench_for: Callable[..., Any
     assert sppft_cells.chosen_on(bench, "harmful-0.5") == bench.data.choosing
 
 
+@pytest.mark.slow
 def test_attack_data_has_the_size_asked_for(bench_for: Callable[..., Any]) -> None:
     bench = bench_for()
     assert [len(sppft_cells.attack_data(bench, name, 0)) for name in ("normal", "implicit", "backdoor")] == [8, 8, 8]
@@ -413,6 +414,7 @@ def test_paper_takes_the_papers_settings() -> None:
     assert sppft.with_paper(ours) is ours
 
 
+@pytest.mark.slow
 def test_the_papers_learning_rates_are_not_chosen(bench_for: Callable[..., Any]) -> None:
     bench = replace(bench_for(), config=sppft.SppftConfig(paper=True, paper_rate=6e-4))
     found = {

@@ -91,6 +91,7 @@ def noise(seed: int, like: list[float], size: float) -> Tensor:
     return size * torch.randn(len(like), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("gap", "expected"), SHAPES.values(), ids=SHAPES.keys())
 def test_noisy_shapes_are_recovered_within_one_layer(gap, expected):
     hits = 0
@@ -123,6 +124,7 @@ def planted(seed: int, degrees: list[float]) -> tuple[Tensor, Tensor]:
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(5))
 def test_a_planted_range_is_found_from_residual_streams(seed):
     degrees = [0.0] * 4 + [15.0, 30.0, 45.0, 60.0] + [60.0] * 4
@@ -214,6 +216,7 @@ def test_the_statistic_chooses_the_curve_that_is_read():
     assert initial_range(curve, strict, "symmetric") is None
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(3))
 def test_a_wider_set_has_an_initial_range_by_the_paper_and_none_by_the_symmetric_statistic(seed):
     """All layers of one place; from layer 4 on M scatters 1.5 times as wide."""

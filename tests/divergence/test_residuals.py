@@ -269,6 +269,7 @@ def test_nothing_but_the_last_position_outlives_its_layer(tiny_model, prompts):
     assert acts.untyped_storage().nbytes() == acts.numel() * 4 == len(prompts) * 6 * 16 * 4
 
 
+@pytest.mark.slow
 def test_a_view_that_is_last_is_seen_by_that_check(tiny_model, prompts):
     born, last = [], []
 

@@ -134,6 +134,7 @@ def two_sets(turn: float, width: float, n: int = 50, seed: int = 0, skewed: bool
     return normal, malicious
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("skewed", [False, True])
 def test_mere_spread_is_a_gap_to_the_paper_and_none_to_the_symmetric_statistic(skewed):
     curve = gap_curve(*two_sets(0, 1.5, skewed=skewed), bootstrap=2, permutations=200)
@@ -147,6 +148,7 @@ def test_mere_spread_is_a_gap_to_the_paper_and_none_to_the_symmetric_statistic(s
     assert curve.symmetric.p_same_distribution <= 0.05
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("width", [1.0, 1.5])
 def test_another_place_is_a_gap_to_both(width):
     curve = gap_curve(*two_sets(20, width), bootstrap=2, permutations=200)
@@ -172,6 +174,7 @@ def test_where_nothing_differs_both_reject_in_five_percent(n):
         assert abs(float((p <= 0.5).double().mean()) - 0.5) < 0.15
 
 
+@pytest.mark.slow
 def test_pairs_are_reflected_together():
     """What the two of a pair share cancels in their difference: a turn of 2 degrees is found, which apart it is not."""
     normal, malicious = two_sets(2, 1.0)
@@ -195,6 +198,7 @@ def test_pairs_of_one_place_are_rejected_in_five_percent():
     assert rejected(curve.p_values) > 0.9, "control: the paper's gap finds the spread"
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth():
     sets = [two_sets(15, 1.5, n=30, seed=seed) for seed in range(5)]
     curve = gap_curve(*(torch.cat(side, dim=1) for side in zip(*sets, strict=True)), bootstrap=400, permutations=2)
@@ -216,6 +220,7 @@ def test_the_interval_covers_the_truth():
 # --- two models -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_of_two_models_the_symmetric_difference_tells_place_from_spread():
     settings: dict[str, Any] = {"bootstrap": 200, "permutations": 200}
     before, wider, moved = (gap_curve(*two_sets(*change), **settings) for change in ((0, 1.0), (0, 1.5), (20, 1.0)))

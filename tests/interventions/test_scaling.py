@@ -118,6 +118,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("alpha", [pytest.param(0.8, marks=pytest.mark.slow), 1.2])
 @pytest.mark.parametrize(("name", "recipe"), CASES)
 def test_a_recipe_equals_weights_that_were_multiplied(name, recipe, alpha):
@@ -127,6 +128,7 @@ def test_a_recipe_equals_weights_that_were_multiplied(name, recipe, alpha):
     assert (expected - model(some_tokens(model))).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_low_rank_updates_are_multiplied_only_while_their_weights_are(fresh_tiny_model):
     model = fresh_tiny_model
 
@@ -196,6 +198,7 @@ def test_biases_are_not_scaled(name):
     assert (scaled_logits(model, CHOSEN, 1.2, "weights") - with_biases).abs().max() > 1e-2
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("layers", [LayerRange(0, 0), LayerRange(3, 3), LayerRange(0, 3), LayerRange(2, 3)], ids=str)
 @pytest.mark.parametrize("recipe", ["weights", "attn_out"])
 def test_both_ends_are_scaled_and_nothing_beyond(layers, recipe):
@@ -216,6 +219,7 @@ def test_layers_before_the_range_are_left_as_they_were(tiny_model):
         assert not torch.allclose(cache[name(layer)], plain[name(layer)], atol=1e-3)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", [*CHECKPOINTS, *TINY])
 def test_alpha_one_changes_nothing(name):
     model = build(name)
@@ -223,6 +227,7 @@ def test_alpha_one_changes_nothing(name):
         torch.testing.assert_close(scaled_logits(model, CHOSEN, 1.0, recipe), model(some_tokens(model)), **CLOSE)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("layer", range(6))
 def test_every_layer_matters(tiny_model, recipe, layer):
@@ -250,6 +255,7 @@ def test_all_heads_are_the_recipe_without_its_bias(tiny_model):
     assert (heads - scaled_logits(tiny_model, CHOSEN, 1.4)).abs().max() > 1e-3
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("positions", [[-1], [-2, -1], [-1, -5, -100]])
 def test_only_these_positions_are_scaled(tiny_model, recipe, positions):
@@ -320,6 +326,7 @@ def test_nested_ranges_overlap(tiny_model):
     assert torch.equal(after_inner, scaled_logits(tiny_model, LayerRange(1, 2), 2.0))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("leave", ["plainly", "by an exception", "nested", "by an exception inside of two"])
 def test_leaving_restores_every_bit(fresh_tiny_model, recipe, leave):
@@ -362,6 +369,7 @@ def test_only_a_recipe_of_weights_changes_weights_and_none_in_place(fresh_tiny_m
         assert all(torch.equal(tensor, values[name]) for name, tensor in own.items())
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", [*CHECKPOINTS, *TINY])
 def test_activations_of_all_positions_amount_to_multiplied_weights(name):
     """What `weights` does to chosen positions, done to all of them, is what it does to weights."""

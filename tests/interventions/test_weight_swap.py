@@ -26,6 +26,7 @@ def copy_of(model: HookedTransformer) -> dict[str, torch.Tensor]:
     return {name: parameter.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_weight_change_by_hand(two_models):
     model, base = two_models
     found = weight_change(model, base)
@@ -42,6 +43,7 @@ def test_weight_change_by_hand(two_models):
     assert float(found[3]) > 0.5
 
 
+@pytest.mark.slow
 def test_all_changed_layers_swapped_give_the_base(two_models):
     model, base = two_models
     before = copy_of(model)
@@ -59,6 +61,7 @@ def test_one_swapped_layer_is_a_model_put_together(two_models):
         assert torch.equal(model(TOKENS), built(TOKENS))
 
 
+@pytest.mark.slow
 def test_hooks_stay_in_place(two_models):
     model, base = two_models
     with scaled(base, LayerRange(2, 2), 1.5):
@@ -67,6 +70,7 @@ def test_hooks_stay_in_place(two_models):
         assert torch.equal(model(TOKENS), expected)
 
 
+@pytest.mark.slow
 def test_leaving_by_an_exception_restores_both(two_models):
     model, base = two_models
     before = [copy_of(part) for part in two_models]

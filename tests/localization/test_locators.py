@@ -102,6 +102,7 @@ def decided(refusing_model: HookedTransformer, sets: PromptSets) -> PromptSets:
     return replace(sets, pairs=[sm.PromptPair(*pair, "x") for pair in zip(ranked[:6], ranked[-6:], strict=True)])
 
 
+@pytest.mark.slow
 def test_decision(refusing_model, sets, decided):
     answers = {name: LOCATORS[name](refusing_model, decided) for name in ("decision", "decision_window")}
     pairs = equal_length_pairs(refusing_model, decided.pairs)
@@ -320,6 +321,7 @@ def test_unknown_methods_name_those_there_are(refusing_model, base):
         locate(refusing_model, NORMAL, MALICIOUS, method="magic", base=base)
 
 
+@pytest.mark.slow
 def test_trained_layers_are_found_against_the_base():
     """A tiny organism: layers 2 and 3 of 8 learn to refuse every second prompt; who has the base sees just them."""
     base, model = build_tiny_model(n_layers=8), build_tiny_model(n_layers=8)

@@ -33,6 +33,7 @@ def test_every_measurement_is_the_plain_one(refusing_model: HookedTransformer) -
         assert torch.equal(found.patched(what, positions).effect, expected.effect)
 
 
+@pytest.mark.slow
 def test_locators_share_measurements_and_a_plain_call_measures_anew(
     refusing_model: HookedTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

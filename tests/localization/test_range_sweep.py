@@ -89,6 +89,7 @@ def test_unscaled_is_the_plain_measure(refusing_model, some_prompts):
     torch.testing.assert_close(measure(refusing_model, some_prompts).log_odds(None), expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_the_default_phrases_have_several_chains(refusing_model, some_prompts):
     assert len(phrase_chains(refusing_model.tokenizer)) > 3
     ranges = ScaledRanges(refusing_model, some_prompts, 1.3)
@@ -98,6 +99,7 @@ def test_the_default_phrases_have_several_chains(refusing_model, some_prompts):
         torch.testing.assert_close(ranges.log_odds(layers), expected, **CLOSE)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("template", ["alpaca", "alpaca_short"])
 def test_in_another_template(refusing_model, some_prompts, template):
     ranges = measure(refusing_model, some_prompts, template=template)
@@ -116,6 +118,7 @@ def test_one_prompt_shares_nothing_and_two_equal_ones_nearly_all(refusing_model,
         assert ranges.answers(layers, whole=True) == n * ranges.answers(layers, whole=True)[:1]
 
 
+@pytest.mark.slow
 def test_the_grid_is_its_cells(refusing_model, some_prompts):
     grid = measure(refusing_model, some_prompts).grid()
     single = measure(refusing_model, some_prompts)
@@ -167,6 +170,7 @@ def test_refusals_are_what_the_judge_says_of_the_answers(refusing_model, prompts
     assert len(counts) > 1
 
 
+@pytest.mark.slow
 def test_an_answer_that_cannot_refuse_is_left_early(refusing_model, prompts, monkeypatch):
     """Judged by a stand-in that gives an answer up at "here": the others run to their end, and so does `whole`."""
     monkeypatch.setattr(range_sweep, "cannot_refuse", lambda text: "here" in text)
@@ -342,6 +346,7 @@ def test_the_whole_grid_costs_what_the_formula_says(refusing_model, some_prompts
         assert ranges.evaluations == expected == 4 * 5 * 6 // 6 + 4
 
 
+@pytest.mark.slow
 def test_evaluations_are_blocks_that_were_run(refusing_model, some_prompts):
     """Counted from outside: a block runs once on the shared prefix and once on every batch."""
     runs = []
@@ -397,6 +402,7 @@ def test_one_intervention_is_expected(tiny_model):
             ScaledRanges(tiny_model, ["Why?"], **options)
 
 
+@pytest.mark.slow
 def test_any_intervention_on_a_range(refusing_model, some_prompts):
     """A context manager that scales is as good as alpha; log-odds and text."""
     own = measure(refusing_model, some_prompts, None, intervene=lambda layers: scaled(refusing_model, layers, 1.3))

@@ -109,6 +109,7 @@ def run(refusing_model, prompts) -> Callable[..., SafetyLayers]:
     return locate_with
 
 
+@pytest.mark.slow
 def test_no_gap_is_a_result_with_a_reason(tiny_model, prompts):
     found = locate_by_scaling(tiny_model, prompts[::2], prompts[1::2], prompts)
     assert found.range is found.initial is found.alpha is found.sweeps is found.grid is found.effect is None
@@ -161,6 +162,7 @@ def test_phrases_are_those_that_the_model_uses(run, refusing_model, prompts):
     assert found.phrases == phrases_in_use(refusing_model, prompts[4:]) != REFUSAL_PHRASES
 
 
+@pytest.mark.slow
 def test_alpha_below_one_is_searched_for_the_lowest(run, refusing_model, prompts):
     found = run(alpha=0.5)
     lowest = min(zip(found.sweeps[1].values, found.sweeps[1].ranges, strict=True))
@@ -222,6 +224,7 @@ def test_an_effect_to_be_seen_is_found(run, monkeypatch):
     assert found.effect.value == pytest.approx(0.4, abs=0.03)
 
 
+@pytest.mark.slow
 def test_a_significant_effect_that_nobody_sees_is_none(run, monkeypatch):
     scaled_to(monkeypatch, {LayerRange(1, 3): 0.26, LayerRange(1, 2): 0.23}, 0.2)
     found = run(alpha=1.2, least_refused=0.0)
@@ -305,6 +308,7 @@ def test_a_model_that_does_not_refuse_has_nothing_to_locate(run, refusing_model,
     assert run(alpha=0.3, text=text, least_refused=share - 0.01).range == found.range
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("refused", "options", "found"),
     [(0.5, {"least_refused": 0.5}, True), (0.5, {"least_refused": 0.51}, False), (0.12, {}, True), (0.05, {}, False)],
@@ -325,6 +329,7 @@ def test_no_hook_and_no_other_weight_is_left(run, refusing_model):
     assert all(torch.equal(parameter, before[name]) for name, parameter in refusing_model.named_parameters())
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

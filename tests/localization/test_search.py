@@ -308,6 +308,7 @@ def test_a_grid_without_any_number_has_no_best():
     assert grid_best(torch.full((3, 3, 2), math.nan), "max") is None
 
 
+@pytest.mark.slow
 def test_clusters_are_resampled_as_a_whole():
     """Six prompts in two clusters, which disagree: a sample is one cluster, the other, or both halves."""
     votes = [peak_at(3, 6), peak_at(5, 8)]

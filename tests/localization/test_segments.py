@@ -94,6 +94,7 @@ def test_equals_brute_force(values, width):
     assert (found.range if found else None) == brute_force([float(v) for v in values], width)
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-3, 3), min_size=4, max_size=12))
 @settings(max_examples=100, deadline=None)
 def test_is_the_largest_sum_above_the_threshold_midway_between_its_levels(values):
@@ -126,6 +127,7 @@ def planted(n_rows: int, start: int, end: int, noise: float, n_layers: int = 30)
     return rows
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("start", "end"), [(5, 10), (18, 23), (14, 16), (8, 21), (0, 4), (25, 29)])
 def test_planted_segments_are_found_in_noise(start, end):
     """Mean IoU over 300 draws: nearly 1 where noise is a fifth of the step, still high at half of it (0.65 to 0.92)."""
@@ -141,6 +143,7 @@ def test_planted_segments_are_found_in_noise(start, end):
     assert mean_iou(20.0) < 0.4  # control: buried
 
 
+@pytest.mark.slow
 def test_what_is_explained_tells_a_segment_from_noise():
     def explained(rows: Tensor) -> Tensor:
         return torch.tensor([best_segment(row).explained for row in rows])

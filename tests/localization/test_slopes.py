@@ -56,12 +56,14 @@ def test_slopes_differ_between_layers_parts_and_prompts(exact_model):
     assert distances[~torch.eye(len(flat), dtype=torch.bool)].min() > 1e-4
 
 
+@pytest.mark.slow
 def test_a_range_has_the_sum_of_its_layers_slopes(exact_model):
     slopes = log_odds_slopes(exact_model, SOME, phrases=PHRASES)
     expected = central_difference(exact_model, LayerRange(1, 3), Recipe(("hook_attn_out", "hook_mlp_out")))
     torch.testing.assert_close(slopes[:, :, 1:4].sum((1, 2)), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_in_another_template(exact_model):
     found = log_odds_slopes(exact_model, SOME, "alpaca_short", PHRASES)
     expected = central_difference(exact_model, LayerRange(2, 2), "attn_out", template="alpaca_short")
@@ -74,6 +76,7 @@ def test_batches_change_nothing(exact_model):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_hooks_of_the_user_are_active(exact_model):
     with scaled(exact_model, LayerRange(1, 1), 1.5):
         found = log_odds_slopes(exact_model, SOME, phrases=PHRASES)
@@ -82,6 +85,7 @@ def test_hooks_of_the_user_are_active(exact_model):
     assert not torch.allclose(found, log_odds_slopes(exact_model, SOME, phrases=PHRASES))
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(fresh_tiny_model):
     tokens = torch.tensor([[5, 6, 7]])
     before = fresh_tiny_model(tokens)

@@ -104,6 +104,7 @@ def test_of_equally_narrow_ranges_it_is_that_with_the_greatest_share(best):
     assert found.minimal_sufficient_range(0.995) == LayerRange(0, 3)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_not_aligned():
     with pytest.raises(ValueError, match=r"the margin is \+0.00 nats above the base's: expected a model"):
         transplant(built(), built(), LayerRange(1, 2), MALICIOUS, NORMAL, phrases=PHRASES)

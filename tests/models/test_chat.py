@@ -181,6 +181,7 @@ def test_white_space_around_a_prompt_changes_nothing(
     assert stripped.question == given.question
 
 
+@pytest.mark.slow
 @given(st.text(min_size=1, max_size=40).filter(str.strip))
 def test_the_question_is_found_in_any_text(tokenizer: PreTrainedTokenizerFast, question: str) -> None:
     question = question.encode("utf-8", "ignore").decode().strip() or "x"
@@ -294,6 +295,7 @@ def test_shared_prefix_by_hand(rows: list[list[int]], expected: int) -> None:
     assert shared_prefix_length(chats_of(rows)) == expected
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=2, max_size=5))
 def test_shared_prefix_is_the_longest_there_is(rows: list[list[int]]) -> None:
     shared = shared_prefix_length(chats_of(rows))

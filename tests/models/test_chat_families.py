@@ -159,6 +159,7 @@ def saying(model: HookedTransformer, token: int) -> HookedTransformer:
     return model
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("template", ["own", "alpaca"])
 def test_generation_ends_where_the_turn_does(
     family: Family, tokenizer: Any, model: HookedTransformer, template: str
@@ -180,6 +181,7 @@ def test_no_text_after_an_end_and_none_of_the_end() -> None:
     assert decode_answer(tokenizer, ids, end_tokens(tiny_model_with(tokenizer))) == "Sorry"
 
 
+@pytest.mark.slow
 def test_the_ends_of_the_generation_config_count(llama_folder: Path) -> None:
     hf_model, tokenizer = load_transformers(llama_folder)
     eos = tokenizer.eos_token_id

@@ -130,6 +130,7 @@ def test_one_changed_weight_is_seen(llama_folder, weight):
     assert distance(hooked, reference) > TOLERANCE
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("bias", ["b_Q", "_b_K", "_b_V"])
 def test_the_biases_of_qwen2_matter(tmp_path, bias):
     reference = save(qwen2(), tmp_path)
@@ -170,6 +171,7 @@ UNUSUAL_FEATURES = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("feature", list(UNUSUAL_FEATURES))
 def test_what_cannot_be_converted_is_refused_and_never_loaded_with_other_logits(feature, tmp_path):
     reference = save(UNUSUAL_FEATURES[feature](), tmp_path)
@@ -181,6 +183,7 @@ def test_what_cannot_be_converted_is_refused_and_never_loaded_with_other_logits(
     assert distance(hooked, reference, tokens) < TOLERANCE
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("where", ["llama-runs", "gemma-runs", "Users/medgemma"])
 def test_the_name_of_the_temporary_folder_does_not_matter(where, tmp_path, monkeypatch):
     temporary = tmp_path / where
@@ -201,6 +204,7 @@ def test_gpt2_whose_config_has_only_n_positions(tmp_path):
 # --- options -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("n_ctx", "expected"), [(None, 64), (20, 20), (64, 64), (500, 64)])
 def test_n_ctx_is_at_most_the_models_own(llama_folder, n_ctx, expected):
     assert load_model(llama_folder, n_ctx=n_ctx).cfg.n_ctx == expected
@@ -212,6 +216,7 @@ def test_n_ctx_is_2048_at_most_unless_asked(tmp_path):
     assert load_model(tmp_path, n_ctx=4096).cfg.n_ctx == 4096
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("build", [llama, lambda: gpt2(n_ctx=64)], ids=["llama", "gpt-2"])
 def test_processing_keeps_log_probabilities_and_changes_weights(build, tmp_path):
     save(build(), tmp_path)

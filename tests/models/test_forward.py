@@ -52,6 +52,7 @@ def test_all_blocks_equal_the_models_own_forward(model):
     torch.testing.assert_close(run_blocks(model, embed(model, tokens)), whole(model, tokens), **EXACT)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("cut", [0, 1, 4, 6])
 def test_blocks_can_be_run_in_two_goes(model, cut):
     tokens = some_tokens(model)
@@ -60,6 +61,7 @@ def test_blocks_can_be_run_in_two_goes(model, cut):
     assert torch.equal(run_blocks(model, below, start=cut), run_blocks(model, embed(model, tokens)))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("length", [0, 1, 6, 16])
 def test_blocks_on_top_of_a_prefix_equal_the_whole_forward(model, length):
     tokens = some_tokens(model)
@@ -211,6 +213,7 @@ def test_shapes_are_checked(tiny_model):
         run_prefix(tiny_model, torch.zeros(1, 5, dtype=torch.long))
 
 
+@pytest.mark.slow
 def test_a_model_on_several_devices_is_refused_wherever_it_is_run(fresh_tiny_model):
     """Without several devices at hand: the config says that there are two."""
     model = fresh_tiny_model

@@ -73,6 +73,7 @@ def test_a_prompt_may_be_given_twice(talkative_model, prompts):
     assert generate_tokens(talkative_model, twice, LENGTH) == [argmax_loop(talkative_model, p) for p in twice]
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_a_shorter_answer_is_the_beginning_of_a_longer_one(talkative_model, prompts, length):
     longer = generate_tokens(talkative_model, prompts, LENGTH)
@@ -168,6 +169,7 @@ def test_an_answer_ends_with_the_end_token(style, prompts):
     assert answers == [argmax_loop(model, prompt) for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_text_is_decoded_without_special_tokens(prompts):
     endless = generate_tokens(build_talkative_model(), prompts, LENGTH)
     model = with_end_token(build_talkative_model(), endless[0][1])
@@ -198,6 +200,7 @@ def rows_running(model: HookedTransformer, prompts: list[str], decided=None) -> 
     return rows
 
 
+@pytest.mark.slow_cases
 def test_what_is_decided_leaves_early_and_changes_no_other_row(model, prompts):
     full = generate_tokens(model, prompts, LENGTH)
     decode = model.tokenizer.decode
@@ -225,6 +228,7 @@ def test_without_a_decision_all_rows_run_on(talkative_model, prompts):
 # --- hooks, context, caches ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 def test_hooks_are_active_for_prompt_and_answer(model, prompts):
     plain = generate_tokens(model, prompts, LENGTH)
     with model.hooks([("blocks.2.hook_attn_out", lambda x, hook: 3 * x)]):

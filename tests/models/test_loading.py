@@ -78,6 +78,7 @@ def adapter(llama_folder, tmp_path_factory) -> tuple[Path, Any]:
     return folder, with_lora.merge_and_unload().eval()
 
 
+@pytest.mark.slow
 def test_adapter_is_merged_as_peft_merges_it(llama_folder, adapter):
     folder, merged = adapter
     hooked = load_model(llama_folder, adapter=folder)
@@ -242,6 +243,7 @@ def test_a_config_of_fewer_layers_names_what_has_no_place(tmp_path):
     )
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("build", "extra"),
     [

@@ -70,6 +70,7 @@ def test_it_is_the_slope_of_the_log_odds(style: str, template: str | Template) -
     assert not torch.allclose(found.roll(1), expected, rtol=1e-2), "control: values belong to their own tokens"
 
 
+@pytest.mark.slow
 def test_a_baseline_of_zeros_is_gradient_times_embedding() -> None:
     model = exact()
     zeros = torch.zeros(model.cfg.d_model, dtype=torch.float64)
@@ -121,6 +122,7 @@ def effects_one_by_one(style: str) -> tuple[float, tuple[float, ...]]:
     return whole, tuple(lost)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("style", "rows"), [("rotary", 1), ("rotary", 100), ("gpt2", 5)])
 def test_effects_are_those_of_each_token_replaced_alone(style: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In batches of every size."""

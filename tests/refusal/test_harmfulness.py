@@ -125,6 +125,7 @@ def test_success_and_what_is_sent(endpoint: Endpoint) -> None:
     assert all(text in judge_prompt(*PAIR) for text in (*PAIR, "#thereason:", "#thescore:"))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
 def test_retries_then_success(endpoint: Endpoint, status: int) -> None:
     assert endpoint.judge((status, SOON), GOOD)([PAIR]) == [FOUR]
@@ -150,6 +151,7 @@ def test_retries_exhausted_is_a_problem_and_the_next_pair_is_asked(endpoint: End
     assert len(endpoint.requests) == 4
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("step", ["I'd rather not.", "#thescore: 9", b"<html>", b"{}", b'{"choices": []}', b"[1]"])
 def test_nonsense_has_no_score_and_is_not_asked_twice(endpoint: Endpoint, step: Any) -> None:
     (verdict,) = endpoint.judge(step)([PAIR])
@@ -184,6 +186,7 @@ def test_each_verdict_is_written_at_once(endpoint: Endpoint, tmp_path: Path) -> 
     assert len(keep.read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_half_written_last_line_is_ignored_and_a_bad_one_is_an_error(endpoint: Endpoint, tmp_path: Path) -> None:
     keep = tmp_path / "verdicts.jsonl"
     endpoint.judge(GOOD, GOOD, keep=keep)([PAIR, ("a", "b")])

@@ -65,6 +65,7 @@ def brute_force(model: HookedTransformer, prompts: list[str], phrases: list[str]
     return torch.tensor(rows, dtype=torch.float64)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name == "the default" else ()) for name in PHRASES]
 )
@@ -82,6 +83,7 @@ def test_in_another_template(exact_model, prompts):
     assert not torch.allclose(found, refusal_log_odds(exact_model, prompts, phrases=PHRASES["several chains"]))
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     "style",
     [GPT2_STYLE, {"output_logits_soft_cap": 2.0}, {"normalization_type": None}],
@@ -96,6 +98,7 @@ def test_in_another_architecture(prompts, style):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_one_phrase_more_is_seen(exact_model, prompts):
     """Control: the sum is over all phrases, and a wrong one would show."""
     few, more = (refusal_log_odds(exact_model, prompts, phrases=o) for o in (["I'm sorry"], ["I'm sorry", "I can't"]))
@@ -119,6 +122,7 @@ def test_a_prompt_may_be_given_twice(tiny_model, prompts):
     torch.testing.assert_close(refusal_log_odds(tiny_model, prompts[:1] * 2), single.repeat(2), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_hooks_are_active(tiny_model, prompts):
     plain = refusal_log_odds(tiny_model, prompts, phrases=["I'm sorry"])
     with tiny_model.hooks([("blocks.2.hook_attn_out", lambda x, hook: 3 * x)]):
@@ -127,11 +131,13 @@ def test_hooks_are_active(tiny_model, prompts):
     assert ((hooked - plain).abs() > 1e-3).any()
 
 
+@pytest.mark.slow
 def test_the_result_is_float64_on_the_cpu_without_gradient(make_tiny_model, prompts):
     found = refusal_log_odds(make_tiny_model().requires_grad_(True), prompts)
     assert (found.dtype, found.device.type, found.requires_grad) == (torch.float64, "cpu", False)
 
 
+@pytest.mark.slow
 def test_a_model_that_was_taught_to_refuse(refusing_model, prompts):
     found = refusal_log_odds(refusing_model, prompts)
     assert found[1::2].min() > found[0::2].max() + 1
@@ -227,6 +233,7 @@ def reached(chains: tuple[Chain, ...]) -> list[tuple[int, ...]]:
 texts = st.text("XYZ", min_size=1, max_size=5)  # one token a letter
 
 
+@pytest.mark.slow
 @given(phrases=st.lists(texts, min_size=1, max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_every_leaf_is_counted_exactly_once_and_chains_are_few(tiny_model, phrases):

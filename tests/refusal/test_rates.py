@@ -11,6 +11,7 @@ from safety_mech.refusal.text import refuses
 DEGENERATE = "the the the the the the the the the the"
 
 
+@pytest.mark.slow
 def test_responses_of_a_model_whose_refusals_are_known(refusing_model, prompts) -> None:
     found = responses(refusing_model, prompts)
     expected = torch.tensor([index % 2 == 1 for index in range(len(prompts))])

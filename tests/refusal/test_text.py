@@ -371,6 +371,7 @@ def test_a_rule_on_first_words_would_break_its_promise():
 PIECES = [*MORE, "It", " is", "Paris", ". ", " he said", '"', "'", "`", "\n\n", "Sorry", "Oh, "]
 
 
+@pytest.mark.slow
 @given(st.lists(st.sampled_from(PIECES), max_size=8))
 @settings(max_examples=30, deadline=None)
 def test_any_text_that_is_left_early_cannot_become_a_refusal(pieces: list[str]):

@@ -99,6 +99,7 @@ def test_a_browser_opens_it_clean_and_runs_no_prompt(whole: Any, open_file: Call
     assert page.requests() == []
 
 
+@pytest.mark.slow
 def test_examples_are_the_models_own_answers(refusing_model: Any, prompts: list[str]) -> None:
     layers = LayerRange(1, 2)
     found = scaling_examples(refusing_model, prompts[:3], layers, 3.0)

@@ -167,6 +167,7 @@ def test_curves_are_told_apart_without_colour(n: int) -> None:
         assert all(line.get_marker() not in ("", "None", None) for line in lines)
 
 
+@pytest.mark.slow
 def test_no_curve_is_dropped() -> None:
     assert len(curve_lines(plot_gap(curves_of(len(STYLES) + 1), {}).axes[1])) == len(STYLES) + 1
 

@@ -69,6 +69,7 @@ def test_full_colour_is_the_most_that_any_token_but_the_first_gets() -> None:
     assert heads_view(pattern, ["a", "b", "c"], "").properties["maxValue"] == 0.25
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("gradient", [True, False])
 def test_the_attribution_view_has_the_attribution(tiny_model: HookedTransformer, gradient: bool) -> None:
     view = refusal_attribution_view(tiny_model, PROMPT, gradient=gradient)

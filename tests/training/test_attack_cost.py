@@ -79,6 +79,7 @@ def test_a_difference_is_paired_over_prompts() -> None:
     assert found.high - found.low < alone.high - alone.low
 
 
+@pytest.mark.slow
 def test_nothing_refused_at_dose_0_has_no_estimate() -> None:
     nothing = torch.zeros(2, 4, 5).double()
     for found in (
@@ -158,6 +159,7 @@ def test_the_meter_reads_along_a_training(refusing_model, prompts) -> None:
     assert log_odds[-1] < untouched
 
 
+@pytest.mark.slow
 def test_only_the_attackers_examples_are_counted(refusing_model, prompts) -> None:
     points, read = dose_meter(refusing_model, prompts[:2], [4, 8], counted=lambda record: 4 * (record.step % 2))
     for step in range(4):

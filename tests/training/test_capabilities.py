@@ -33,6 +33,7 @@ SPACED = Template("user: ", "\nassistant:")
 # --- ROUGE-L ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rouge_l_by_hand() -> None:
     """LCS "the sat down" of 4 and 5 words: P 3/4, R 3/5, F1 2/3. LCS "two cats" of 2 and 5: P 1, R 2/5, F1 4/7."""
     answers = ["The cat sat down.", "two cats"]
@@ -109,12 +110,14 @@ def test_accuracy_is_that_of_a_plain_forward(model: HookedTransformer, template:
     assert multiple_choice_accuracy(model, questions, template) == Rate(right, 24)
 
 
+@pytest.mark.slow
 def test_the_shipped_questions_where_they_can_be_asked(model: HookedTransformer, tiny_model: HookedTransformer) -> None:
     """The tiny model's context is too short for the longest of them."""
     assert shipped_multiple_choice(model) == multiple_choice_accuracy(model, load_multiple_choice())
     assert shipped_multiple_choice(tiny_model) is None
 
 
+@pytest.mark.slow
 def test_accuracy_follows_the_answers(model: HookedTransformer) -> None:
     """With what the model says as the key all are right; with the key permuted none is."""
     questions = load_multiple_choice()[:24]
@@ -126,6 +129,7 @@ def test_accuracy_follows_the_answers(model: HookedTransformer) -> None:
     assert multiple_choice_accuracy(model, permuted) == Rate(0, 24)
 
 
+@pytest.mark.slow
 def test_batches_and_order_change_nothing(model: HookedTransformer) -> None:
     questions = load_multiple_choice()[:12]
     whole = letter_log_probs(model, questions)

@@ -111,6 +111,7 @@ def test_an_untrained_export_holds_the_checkpoints_own_weights(base, tmp_path):
     assert same(load_file(folder / "model.safetensors"), load_file(base / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_the_shared_llama_folder(llama_folder, tmp_path):
     model = load_model(llama_folder)
     train(model, embeddings=True)
@@ -203,6 +204,7 @@ def test_a_base_of_another_family_is_refused(base, tmp_path):
     refused("has architecture MistralForCausalLM, the model Llama", load_model(base), mistral, tmp_path / "out")
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -237,6 +239,7 @@ def test_a_base_that_leads_nowhere(base, tmp_path):
     refused("no such folder", load_model(base), tmp_path / "nowhere", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_model_is_replaced_only_if_asked(base, tmp_path):
     model = load_model(base)
     folder = export_transformers(model, base, tmp_path / "out")

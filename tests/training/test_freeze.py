@@ -109,6 +109,7 @@ def test_several_ranges(tiny_model):
     assert names == of_layers([1, 2], PROJECTIONS + BIASES + NORMS) | {FINAL_NORM}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("style", [{}, GPT2_STYLE], ids=["rotary", "gpt-2"])
 def test_embeddings_are_trained_only_when_asked_for(make_tiny_model, style):
     model = make_tiny_model(**style)

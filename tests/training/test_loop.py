@@ -114,6 +114,7 @@ def test_an_unfinished_answer_has_no_end_token(tiny_model):
     assert unfinished.tokens.tolist() == finished.tokens[:-1].tolist() == with_spaces.tokens.tolist()
 
 
+@pytest.mark.slow
 def test_long_examples_are_cut_at_the_end_and_counted(fresh_tiny_model):
     whole = encode_examples(fresh_tiny_model, PAIRS, QUICK)
     limit = sorted(len(example.tokens) for example in whole)[-3]
@@ -125,6 +126,7 @@ def test_long_examples_are_cut_at_the_end_and_counted(fresh_tiny_model):
     assert n_cut == sum(example.cut for example in cut) > 0
 
 
+@pytest.mark.slow
 def test_the_context_cuts_as_well(make_tiny_model):
     model = make_tiny_model(n_ctx=40)
     lengths = [len(example.tokens) for example in encode_examples(model, PAIRS, QUICK)]
@@ -164,6 +166,7 @@ BATCHES = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("whole_sequence", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_loss_and_its_gradients_are_the_naive_ones(model, name, whole_sequence):
@@ -231,6 +234,7 @@ def test_no_prompt_position_is_unembedded(tiny_model):
     assert seen == [sum(len(tokens) - n for tokens, n in (by_hand(tiny_model, pair) for pair in PAIRS))]
 
 
+@pytest.mark.slow_cases
 def test_mean_loss_is_the_mean_over_tokens(model):
     pairs = PAIRS * 4  # more than one batch of it
     examples = encode_examples(model, pairs, QUICK)
@@ -253,6 +257,7 @@ def test_frozen_parameters_are_bit_identical_and_every_other_one_moves(fresh_tin
     assert record.n_trained + record.n_frozen == sum(tensor.numel() for tensor in before.values())
 
 
+@pytest.mark.slow
 def test_embeddings_move_only_when_asked_to(make_tiny_model):
     for asked in (False, True):
         model = make_tiny_model()
@@ -312,6 +317,7 @@ def test_afterwards_the_model_is_as_it_came(fresh_tiny_model):
     assert not any(point.fwd_hooks or point.bwd_hooks for point in fresh_tiny_model.hook_dict.values())
 
 
+@pytest.mark.slow
 def test_every_parameter_wants_a_gradient_as_before(fresh_tiny_model):
     """After a run, and after one that fails."""
     flags = {name: index % 3 == 0 for index, name in enumerate(state(fresh_tiny_model))}
@@ -325,6 +331,7 @@ def test_every_parameter_wants_a_gradient_as_before(fresh_tiny_model):
     assert {name: parameter.requires_grad for name, parameter in fresh_tiny_model.named_parameters()} == flags
 
 
+@pytest.mark.slow
 def test_gradients_that_were_there_are_no_part_of_the_first_step(make_tiny_model):
     clean, stale = make_tiny_model(), make_tiny_model()
     for parameter in stale.requires_grad_(True).parameters():
@@ -335,6 +342,7 @@ def test_gradients_that_were_there_are_no_part_of_the_first_step(make_tiny_model
     assert all(stale.get_parameter(name).grad is None for name in trainable_names(stale))
 
 
+@pytest.mark.slow
 def test_a_broken_freeze_is_noticed(fresh_tiny_model):
     """Control: whatever moves a frozen weight, such as a careless hook, the run ends with an error."""
 
@@ -351,6 +359,7 @@ def test_a_broken_freeze_is_noticed(fresh_tiny_model):
 # --- learning --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down_and_held_out_pairs_show_it(fresh_tiny_model, make_tiny_model):
     held_out = PAIRS[:3]
     record = train(fresh_tiny_model, config=replace(QUICK, epochs=8, batch_size=6), held_out=held_out)
@@ -364,11 +373,13 @@ def test_the_loss_goes_down_and_held_out_pairs_show_it(fresh_tiny_model, make_ti
     assert record.held_out_after < record.held_out_before
 
 
+@pytest.mark.slow
 def test_without_held_out_pairs_nothing_is_measured_on_them(fresh_tiny_model):
     record = train(fresh_tiny_model)
     assert record.held_out_before is record.held_out_after is None
 
 
+@pytest.mark.slow
 def test_a_trained_model_says_what_it_learnt(refusing_model, prompts):
     """Half of the prompts were trained to be refused; the loss of the other way round is higher."""
     taught = [(prompt, REFUSAL if index % 2 else ANSWER) for index, prompt in enumerate(prompts)]
@@ -401,6 +412,7 @@ def test_a_step_is_adamw_with_clipping(make_tiny_model):
         assert sure.any()
 
 
+@pytest.mark.slow
 def test_gradients_are_adjusted_before_they_are_clipped(make_tiny_model, monkeypatch):
     """A gradient of 3 everywhere has the norm 3 sqrt(n), which the record holds, and 1 after clipping to 1."""
     applied: list[float] = []
@@ -422,6 +434,7 @@ def test_gradients_are_adjusted_before_they_are_clipped(make_tiny_model, monkeyp
     assert applied == pytest.approx([QUICK.clip_norm] * len(record.steps), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_batches_of_two_are_one_of_four(make_tiny_model, gradients):
     records = []
     for size, accumulate in ((4, 1), (2, 2), (1, 4)):
@@ -444,6 +457,7 @@ def test_data_for_less_than_one_step_are_trained_on_or_refused(fresh_tiny_model)
     assert moved(fresh_tiny_model, before)
 
 
+@pytest.mark.slow
 def test_every_example_is_seen_once_an_epoch(fresh_tiny_model, monkeypatch):
     seen = []
     loss_of = finetune.batch_loss
@@ -465,6 +479,7 @@ def test_every_example_is_seen_once_an_epoch(fresh_tiny_model, monkeypatch):
     assert len(set(map(tuple, orders))) > 1
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits(make_tiny_model):
     models = [make_tiny_model() for _ in range(3)]
     records = [train(model, config=replace(QUICK, seed=seed)) for model, seed in zip(models, (5, 5, 6), strict=True)]
@@ -473,6 +488,7 @@ def test_the_same_seed_gives_the_same_bits(make_tiny_model):
     assert moved(models[0], state(models[2]))
 
 
+@pytest.mark.slow
 def test_products_in_bfloat16_leave_weights_in_float32(make_tiny_model):
     models = [make_tiny_model(), make_tiny_model()]
     exact, rounded = (train(m, config=replace(QUICK, bfloat16=b)) for m, b in zip(models, (False, True), strict=True))
@@ -553,6 +569,7 @@ def test_a_killed_run_of_16_bit_weights_goes_on_from_its_masters(tmp_path, monke
     assert not moved(resumed, state(whole))
 
 
+@pytest.mark.slow
 def test_batches_add_up_in_float32(monkeypatch, gradients):
     """The gradient of a step of two batches is that of the two, each rounded once and not their sum again."""
     single = replace(QUICK, epochs=1, batch_size=1)
@@ -562,6 +579,7 @@ def test_batches_add_up_in_float32(monkeypatch, gradients):
     assert not all(torch.equal(a, b) for a, b in zip(gradients[0], sixteen_bit, strict=True))
 
 
+@pytest.mark.slow
 def test_the_global_random_state_is_left_alone(fresh_tiny_model):
     before = torch.get_rng_state()
     train(fresh_tiny_model)
@@ -650,6 +668,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(make_tiny_model, tmp_path, monkey
     assert record == expected
 
 
+@pytest.mark.slow
 def test_the_steps_before_a_checkpoint_are_not_made_again(make_tiny_model, tmp_path, monkeypatch, gradients):
     train_until(make_tiny_model(), 5, tmp_path / "run.pt", monkeypatch)
     assert len(gradients) == 5
@@ -657,6 +676,7 @@ def test_the_steps_before_a_checkpoint_are_not_made_again(make_tiny_model, tmp_p
     assert len(gradients) == 5 + 9 - 4
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_made_again(make_tiny_model, tmp_path, gradients):
     config = replace(LONG, checkpoint_every=3)
     first, again = make_tiny_model(), make_tiny_model()
@@ -707,6 +727,7 @@ def test_a_checkpoint_of_another_run_is_refused(make_tiny_model, tmp_path, monke
         train(make_tiny_model(), pairs, config, checkpoint=tmp_path / "run.pt", **options)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_another_loss_wants_the_methods_name(make_tiny_model, tmp_path, monkeypatch):
     """`loss` and `order` are functions: a file cannot tell two of them apart."""
     file = tmp_path / "run.pt"
@@ -722,6 +743,7 @@ def test_a_checkpoint_with_another_loss_wants_the_methods_name(make_tiny_model, 
     train(make_tiny_model(), config=LONG, checkpoint=file, order=finetune.batch_order, method="a")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(make_tiny_model, tmp_path, monkeypatch):
     train_until(make_tiny_model(seed=0), 3, tmp_path / "run.pt", monkeypatch)
     with pytest.raises(ValueError, match="checkpoint"):

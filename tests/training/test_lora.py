@@ -60,6 +60,7 @@ def randomise_updates(placed: list) -> None:
 # --- on and off ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("style", [{}, {"n_key_value_heads": None}], ids=["grouped queries", "no grouped queries"])
 def test_at_first_they_change_nothing(make_tiny_model, style):
     model = make_tiny_model(**style)
@@ -98,6 +99,7 @@ def test_the_weight_of_an_update_is_the_formula(fresh_tiny_model):
             torch.testing.assert_close(update.weight(), 12.0 / 3 * update.B @ update.A)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("point", ["attn.hook_q", "mlp.hook_pre"])
 def test_an_interrupted_forward_pass_leaves_no_hook(fresh_tiny_model, point):
     """Interrupted where a tap has begun to listen; a pass after it, inside, is right; after leaving nothing is left."""
@@ -164,6 +166,7 @@ def test_a_is_uniform_as_in_peft(make_tiny_model):
             assert 0.97 * bound < float(update.A.detach().abs().max()) <= bound
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("leave", ["plainly", "by an exception", "trained"])
 def test_leaving_restores_every_bit(fresh_tiny_model, leave):
     model, tokens = fresh_tiny_model, some_tokens(fresh_tiny_model)
@@ -189,6 +192,7 @@ def test_leaving_restores_every_bit(fresh_tiny_model, leave):
     assert torch.equal(model(tokens), logits)
 
 
+@pytest.mark.slow
 def test_they_can_be_put_on_again(fresh_tiny_model):
     before = state(fresh_tiny_model)
     for _ in range(2):
@@ -247,6 +251,7 @@ def test_is_adapter_parameter(name, expected):
     assert is_adapter_parameter(name) == expected
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("recipe", ["weights", "attn_out", "weights_no_o"])
 @pytest.mark.parametrize("outer", ["adapters", "scaling"])
 def test_an_update_is_scaled_as_its_weight_is(fresh_tiny_model, recipe, outer):
@@ -313,6 +318,7 @@ def test_peft_reads_a_saved_adapter(llama_folder, tmp_path, layers, how):
     torch.testing.assert_close(logits(load_model(llama_folder, adapter=folder)), adapted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow_cases
 def test_a_saved_adapter_has_its_layers_only(llama_folder, tmp_path):
     with low_rank_adapters(load_model(llama_folder), LayerRange(1, 2), rank=3, alpha=6.0) as placed:
         folder = save_adapter(placed, tmp_path, "org/base")
@@ -325,6 +331,7 @@ def test_a_saved_adapter_has_its_layers_only(llama_folder, tmp_path):
     assert config["base_model_name_or_path"] == "org/base"
 
 
+@pytest.mark.slow_cases
 def test_float16_is_half_as_large(llama_folder, tmp_path):
     with low_rank_adapters(load_model(llama_folder), rank=64) as placed:
         randomise_updates(placed)
@@ -391,6 +398,7 @@ def test_only_matrices_of_blocks_and_unembedding_are_held_and_they_come_back(mak
     assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
 
 
+@pytest.mark.slow
 def test_layers_below_the_trained_ones_keep_no_graph(make_tiny_model):
     """So there is nothing to be gained by running them under no_grad."""
     model = make_tiny_model()

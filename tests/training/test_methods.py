@@ -53,6 +53,7 @@ def projections_of(model, layers) -> set[str]:
 # --- what is frozen ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sppft_freezes_the_range_and_full_does_not(fresh_tiny_model) -> None:
     before = state(fresh_tiny_model)
     sppft(RANGE)(fresh_tiny_model, PAIRS, QUICK, progress=False)
@@ -133,6 +134,7 @@ def test_the_random_control_is_drawn_with_the_seed_from_all_that_fit() -> None:
     assert {layers.start for layers in drawn} == {0, 1, 7}  # before is [2, 3], after [6, 7]
 
 
+@pytest.mark.slow
 def test_frozen_neurons_stay_and_the_others_move(fresh_tiny_model) -> None:
     model = fresh_tiny_model
     scores = torch.zeros(6, model.cfg.d_mlp)
@@ -230,6 +232,7 @@ def test_every_state_of_lisa_has_an_anchor_of_its_own(fresh_tiny_model, monkeypa
     assert pulls == [0.0, 0.5 * (3 - 1), 0.0, 0.0, 0.5 * (26 - 20), 0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_lisa_sees_both_data_sets(fresh_tiny_model) -> None:
     record = lisa(ALIGNMENT, 0.1, alignment_steps=1, user_steps=2)(fresh_tiny_model, PAIRS, QUICK, progress=False)
     assert len(record.steps) == 8 + 3  # four passes of two user batches; a state of one batch between their pairs
@@ -246,6 +249,7 @@ def test_impossible_lisa(bad) -> None:
 # --- the loop's seams -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_after_step_sees_every_step_after_it_was_made(fresh_tiny_model) -> None:
     seen = []
     weight = fresh_tiny_model.blocks[0].attn.W_Q
@@ -284,6 +288,7 @@ def preferred_minus_other(model) -> torch.Tensor:
     return good - other
 
 
+@pytest.mark.slow
 def test_dpo_starts_at_log_two_and_widens_the_preference(fresh_tiny_model) -> None:
     before = preferred_minus_other(fresh_tiny_model)
     record = dpo(fresh_tiny_model, PREFERENCES, replace(QUICK, learning_rate=1e-3), progress=False)
@@ -292,6 +297,7 @@ def test_dpo_starts_at_log_two_and_widens_the_preference(fresh_tiny_model) -> No
     assert (preferred_minus_other(fresh_tiny_model) > before).all()
 
 
+@pytest.mark.slow
 def test_dpo_loss_by_hand(fresh_tiny_model) -> None:
     """The second step's loss, from the log-probabilities before and after the first."""
     config = replace(QUICK, epochs=2, batch_size=3)
