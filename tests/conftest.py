@@ -133,6 +133,18 @@ def llama_folder(
 
 
 @pytest.fixture(scope="session")
+def llama_adapter(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
+    """Random updates of layers 1 and 2 of that Llama."""
+    from tiny import save_random_adapter
+
+    from safety_mech import LayerRange, load_model
+
+    folder = tmp_path_factory.mktemp("adapters") / "random"
+    save_random_adapter(load_model(str(llama_folder)), folder, str(llama_folder), LayerRange(1, 2))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def _chromium() -> Iterator[Any]:
     from browser import chromium  # only where a test needs a browser
 

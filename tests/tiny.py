@@ -5,6 +5,7 @@ Nothing here touches the global random state: the weights come from a torch.Gene
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from transformer_lens import HookedTransformer
 from transformer_lens.config.hooked_transformer_config import HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
+from safety_mech.layers import LayerRange
 from safety_mech.models.chat import PLAIN_TEMPLATES
 from safety_mech.training.loop import TrainConfig, fine_tune
+from safety_mech.training.lora import low_rank_adapters, save_adapter
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -122,6 +125,15 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         is_norm_weight = name.endswith(".w")
         parameter.data = 1 + 0.1 * noise if is_norm_weight else 0.3 * noise
+
+
+def save_random_adapter(model: HookedTransformer, folder: Path, base: str, layers: LayerRange, seed: int = 0) -> None:
+    """A PEFT folder with random updates (rank 2) of these layers, large enough to be seen in every figure."""
+    with low_rank_adapters(model, layers, rank=2, seed=seed) as placed:
+        generator = torch.Generator().manual_seed(seed + 1)
+        for _, _, update in placed:
+            update.B.data = 0.3 * torch.randn(update.B.shape, generator=generator)
+        save_adapter(placed, folder, base, dtype=torch.float32)
 
 
 def build_talkative_model(seed: int = 0, **changes: Any) -> HookedTransformer:

@@ -1,6 +1,7 @@
 """`experiments/benchmarks/finetune.py` on a tiny model: all variants train on the same batches, and that is checked."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,16 @@ def test_variants_that_do_other_work_are_told(bench: ModuleType, config: Any, mo
     monkeypatch.setattr(bench, "in_order", lambda examples, config: [[5, 4], [3, 2], [1, 0]])
     with pytest.raises(ValueError, match="do not do the same work"):
         bench.main(config)
+
+
+@pytest.mark.whole_run
+def test_another_seed_and_bfloat16_start_from_other_losses(bench: ModuleType, config: Any) -> None:
+    losses = [
+        bench.measure("ours full", replace(config, **changes)).first_loss
+        for changes in ({}, {}, {"seed": 1}, {"bfloat16": True})
+    ]
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
 
 
 @pytest.mark.slow

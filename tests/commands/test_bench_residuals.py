@@ -16,7 +16,7 @@ def test_a_run_from_end_to_end(
     monkeypatch.setattr(bench, "in_own_process", lambda function, *arguments: function(*arguments))
     folder = bench.main(
         bench.BenchConfig(
-            model=str(llama_folder), n_prompts=4, sample_pairs=3, batch_size=3, repeats=1, out=str(tmp_path)
+            str(llama_folder), "alpaca", n_prompts=4, sample_pairs=3, batch_size=3, repeats=1, seed=1, out=str(tmp_path)
         )
     )
     metrics = json.loads((folder / "metrics.json").read_text())

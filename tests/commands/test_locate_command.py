@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safety_mech import GapDifference, LayerRange, initial_range, load_pairs
-from safety_mech.commands import locate
+from safety_mech.commands import locate, locate_run
 from safety_mech.commands.command_line import run
 from safety_mech.commands.locate_run import starting_range
 from safety_mech.divergence.angles import SymmetricGap
@@ -372,6 +372,24 @@ def test_nothing_to_start_from_is_said() -> None:
         start = starting_range(locate.LocateConfig(), None, difference)
         assert start.range is None
         assert part in start.source
+
+
+@pytest.mark.slow
+def test_the_settings_of_the_search_reach_it(
+    config_for: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached: dict[str, object] = {}
+
+    def stands_in(*_: object, **settings: object) -> None:
+        reached.update(settings)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(locate_run.sm, "locate", stands_in)
+    wanted = {"recipe": "weights", "least_effect": 0.3, "least_refused": 0.2, "alpha": 1.1, "text": True, "seed": 5}
+    with pytest.raises(ValueError, match="seen"):
+        locate.main(config_for(initial="1-2", below=True, template="alpaca", **wanted))
+    expected = {**wanted, "above": False, "template": "alpaca", "initial": LayerRange(1, 2)}
+    assert {name: reached[name] for name in expected} == expected
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_random_adapter
 
 import safety_mech as sm
 from safety_mech.commands import planted, planted_report
@@ -15,7 +16,6 @@ from safety_mech.commands.cells import Answer
 from safety_mech.localization.measurements import Located
 from safety_mech.localization.sufficiency import Transplants
 from safety_mech.reporting.runs import write_json
-from safety_mech.training.lora import low_rank_adapters, save_adapter
 
 pytestmark = pytest.mark.usefixtures("short_alpha_curve")
 
@@ -25,11 +25,7 @@ METHODS = ("gap", "search", "direction", "patching", "margin_attn", "weight_chan
 def make_organism(layers: sm.LayerRange, seed: int, config: planted.PlantedConfig) -> None:
     """Stands in for align.py: an adapter with random updates of the planted layers, and its recipe."""
     folder = Path(config.adapters) / planted.organism_name(layers, seed)
-    model = sm.load_model(config.model)
-    with low_rank_adapters(model, layers, rank=2, seed=seed) as placed:
-        for _, _, update in placed:
-            update.B.data = 0.3 * torch.randn(update.B.shape, generator=torch.Generator().manual_seed(seed + 1))
-        save_adapter(placed, folder, config.model, dtype=torch.float32)
+    save_random_adapter(sm.load_model(config.model), folder, config.model, layers, seed)
     rates = {name: {"count": n, "total": 100} for name, n in (("malicious", 95), ("normal", 2))}
     recipe = {"planted": {"start": layers.start, "end": layers.end}, "seed": seed}
     write_json(folder / "recipe.json", {"base_model": config.model, "recipe": recipe, "aligned": {"refused": rates}})

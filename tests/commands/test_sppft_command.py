@@ -277,6 +277,8 @@ def test_the_draw_is_over_all_categories_and_words(shipped: Callable[..., Any]) 
     assert {data.malicious.clusters.count(name) for name in set(data.malicious.clusters)} == {4}
     assert len(set(data.over_rejection.clusters)) > 40
     assert data == shipped()
+    few = shipped(n_malicious=12, n_over_rejection=10)
+    assert (len(few.malicious), len(few.over_rejection)) == (12, 10)
     assert data.malicious.ids != shipped(seed=1).malicious.ids
     assert data.reporting != shipped(seed=1).reporting
     assert not set(data.malicious.prompts) & {*data.malicious_train, *data.aligned_on}

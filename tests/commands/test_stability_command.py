@@ -34,7 +34,7 @@ def config_for(llama_folder: Path, tmp_path: Path) -> Callable[..., Any]:
 
 
 @pytest.mark.whole_run
-def test_every_method_at_every_place_and_not_twice(config_for, monkeypatch):
+def test_every_method_at_every_place_and_not_twice(config_for, llama_adapter, tmp_path, monkeypatch):
     folder = stability.main(config_for())
     metrics = json.loads((folder / "metrics.json").read_text())
     assert len(metrics["answers"]) == 3 * (1 + 1 + 4)
@@ -44,8 +44,11 @@ def test_every_method_at_every_place_and_not_twice(config_for, monkeypatch):
     again = stability.main(config_for())
     assert (again / "table.txt").read_text() == (folder / "table.txt").read_text()
     assert "from disjoint halves of the prompts" in (again / "report.html").read_text("utf-8")
-    with pytest.raises(pytest.fail.Exception, match="located again"):  # control
-        stability.main(config_for(seed=1))
+    (tmp_path / "words.txt").write_text("\n".join(sm.load_prompts("over_rejection:test")[:4]))
+    words = str(tmp_path / "words.txt")
+    for change in ({"seed": 1}, {"adapter": str(llama_adapter)}, {"over_rejection": words}, {"n_over_rejection": 3}):
+        with pytest.raises(pytest.fail.Exception, match="located again"):
+            stability.main(config_for(**change))
 
 
 def test_halves_are_disjoint_and_whole():

@@ -72,6 +72,18 @@ def test_a_run_writes_shares_changes_and_pictures(
 
 
 @pytest.mark.whole_run
+def test_adapter_words_and_number_format_count(config_for: Callable[..., object], llama_adapter: Path) -> None:
+    def changes(**settings: object) -> dict:
+        return json.loads((stages.main(config_for(**settings)).folder / "metrics.json").read_text())["changes"]
+
+    plain = changes()
+    for setting in ({"adapter": str(llama_adapter)}, {"dtype": "bfloat16"}):
+        assert changes(**setting)["malicious"] != plain["malicious"]
+    first = NORMAL[0].split()[0].lower()
+    assert changes(skip_words=(first,))[f"normal, without: {first}"] != plain["normal, without: the"]
+
+
+@pytest.mark.whole_run
 def test_without_a_range_the_outer_thirds_are_compared(config_for: Callable[..., object]) -> None:
     result = stages.main(config_for(quick=True, template="own", head=1, base=config_for().model))
     metrics = json.loads((result.folder / "metrics.json").read_text())

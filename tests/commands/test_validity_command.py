@@ -64,10 +64,15 @@ def test_every_control_has_a_line(config_for, llama_folder, capsys):
 
 
 @pytest.mark.whole_run
-def test_without_a_base_the_same_numbers_twice(config_for):
-    first, second = ((validity.main(config_for()) / "table.txt").read_text() for _ in range(2))
-    assert first == second
+def test_without_a_base_the_same_numbers_twice(config_for, llama_adapter):
+    def table(**changes: object) -> str:
+        return (validity.main(config_for(**changes)) / "table.txt").read_text()
+
+    first = table()
+    assert first == table()
     assert "base" not in first
+    others = ({"seed": 1}, {"adapter": str(llama_adapter)}, {"dtype": "bfloat16"})
+    assert len({first, *(table(**change) for change in others)}) == 4
 
 
 def curves(gap: float, spread: float, null: float) -> validity_run.ModelCurves:
