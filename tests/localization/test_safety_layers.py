@@ -22,6 +22,7 @@ from safety_mech.localization.safety_layers import (
 )
 from safety_mech.localization.search import grid_best, progressive_search
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrases_in_use, refusal_log_odds
+from safety_mech.stats import Estimate
 
 PHRASES = ("I'm sorry", "Sorry")
 
@@ -232,6 +233,21 @@ def test_a_significant_effect_that_nobody_sees_is_none(run, monkeypatch):
     assert found.range is None
     assert "changes refusals by +6" in found.reason
     assert run(alpha=1.2, least_refused=0.0, least_effect=0.02).range == LayerRange(1, 3)
+
+
+def test_how_sure_and_how_large_an_effect_must_be(run, monkeypatch):
+    scaled_to(monkeypatch, {LayerRange(1, 3): 0.6, LayerRange(1, 2): 0.4}, 0.2)
+    choice = run(alpha=1.2, least_refused=0.0).alpha
+
+    def is_answer(value: float, low: float, p_value: float) -> bool:
+        points = (replace(choice.point, p_value=p_value),)
+        effect = Estimate(value, low, 0.5)
+        return safety_layers._nothing_found(1.0, 0.1, replace(choice, points=points), effect, 0.25) is None
+
+    assert is_answer(0.25, 0.01, MAX_P), "all three just enough"
+    assert not is_answer(0.24, 0.01, MAX_P)
+    assert not is_answer(0.25, 0.0, MAX_P)
+    assert not is_answer(0.25, 0.01, 0.011)
 
 
 def test_an_effect_in_the_wrong_direction_is_none(run, monkeypatch):

@@ -165,6 +165,7 @@ UNUSUAL_FEATURES = {
     "qwen2 with mlp bias": lambda: qwen2(mlp_bias=True),
     "gemma with another activation": lambda: gemma(hidden_act="silu"),
     "gemma with rope linear": lambda: gemma(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+    "gemma with llama 3 rope": lambda: gemma(rope_parameters=LLAMA3_ROPE),
     "phi-3 with partial rotary": lambda: phi3(hidden_size=32, partial_rotary_factor=0.5),
     "qwen2 with a sliding window": lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=1),
     "gpt-2 with a narrow mlp": lambda: gpt2(n_ctx=64, n_inner=40),

@@ -35,6 +35,13 @@ def test_find_source_reads_names(tmp_path, monkeypatch):
     assert (hub.folder, hub.local) == ("org/name", False)
 
 
+@pytest.mark.parametrize("text", ["name", "org/name/part", "/org/name", "./name", "org/model.gguf"])
+def test_what_is_no_hub_id(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no hub id"):
+        find_source(text)
+
+
 def test_a_local_folder_comes_before_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
