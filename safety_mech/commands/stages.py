@@ -11,14 +11,11 @@ This module holds the settings and their checks, and imports no torch: a refused
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from safety_mech.commands.checks import check_model
 from safety_mech.layers import LayerRange
 from safety_mech.prompts import Drawn, PromptPair, draw, load_pairs
-
-if TYPE_CHECKING:
-    import safety_mech.commands.stages_run
 
 QUICK_PROMPTS = 16
 
@@ -59,7 +56,7 @@ class StagesConfig:
     out: str = "results"
 
 
-def main(config: StagesConfig) -> "safety_mech.commands.stages_run.StagesResult":
+def main(config: StagesConfig) -> Path:
     drawn, pair, marked = check_config(config)
     from safety_mech.commands.stages_run import run_stages  # imports torch
 
@@ -78,15 +75,8 @@ def check_config(config: StagesConfig) -> tuple[dict[str, Drawn], PromptPair, La
     if not 0 <= config.pair < len(pairs):
         raise ValueError(f"pair {config.pair}: the test split has pairs 0 to {len(pairs) - 1}")
     marked = LayerRange.parse(config.range) if config.range else None
-    check_model(
-        model=config.model,
-        adapter=config.adapter,
-        base=config.base,
-        template=config.template,
-        device=config.device,
-        dtype=config.dtype,
-        out=config.out,
-    )
+    names = ("model", "adapter", "base", "template", "device", "dtype", "out")
+    check_model(**{name: getattr(config, name) for name in names})
     count = min(config.n_prompts, QUICK_PROMPTS) if config.quick else config.n_prompts
     sources = {"malicious": config.malicious, "normal": config.normal}
     sets = {name: draw(source, count, config.seed) for name, source in sources.items()}

@@ -5,19 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
 from safety_mech.attention.word_classes import KINDS, WordShares, mean_interval
+from safety_mech.commands.cells import base_of, load
+from safety_mech.commands.publish import publish
 from safety_mech.commands.stages import StagesConfig
-from safety_mech.models.sources import BASE_OF
 from safety_mech.prompts import Drawn, prompt_hash
 from safety_mech.reporting import html as report
-from safety_mech.reporting.html import Section, report_page
+from safety_mech.reporting.html import Section
 from safety_mech.reporting.plots import plot_attention, plot_contrastive_pair, plot_word_shares
-from safety_mech.reporting.runs import write_run
 from safety_mech.reporting.tables import text_table
 
 
@@ -33,16 +32,9 @@ class Change:
     uniform: float
 
 
-@dataclass(frozen=True)
-class StagesResult:
-    shares: dict[str, WordShares]
-    changes: dict[str, dict[str, Change]]
-    folder: Path
-
-
 def run_stages(
     config: StagesConfig, drawn: dict[str, Drawn], pair: sm.PromptPair, marked: sm.LayerRange | None
-) -> StagesResult:
+) -> Path:
     """Shares by layer of every set, their change across the range, the pictures; then the page and the run's folder."""
     sets = {name: part.prompts for name, part in drawn.items()}
     model = load(config.model, config.adapter, config)
@@ -50,48 +42,46 @@ def run_stages(
     attentions = {name: attend(model, prompts, config) for name, prompts in sets.items()}
     shares = {name: sm.word_shares(found) for name, found in attentions.items()}
     compared = shares | variants(attentions, config)
-    base_name = BASE_OF.get(config.model) if config.base == "auto" else config.base
-    if base_name:
+    if base_name := base_of(config.model, config.base):
         base = load(base_name, None, config)
         compared |= {f"{name}, base model": sm.word_shares(attend(base, sets[name], config)) for name in sets}
     changes = {name: changes_of(part, before, after, config) for name, part in compared.items()}
-    tables = [share_table(name, part) for name, part in shares.items()]
     lead = change_sentence(changes["malicious"]["content of words"], before, after)
     if base_name:
         lead += f"; in the base model {interval_of(changes['malicious, base model']['content of words'])}"
+    tables = [share_table(name, part) for name, part in shares.items()]
     text = "\n".join([*tables, change_table(changes, before, after), lead])
-    print(text)
     harmful, harmless = attend(model, [pair.malicious, pair.normal], config)
     figures = {
         "words": plot_word_shares(shares, marked),
         "attention": plot_attention(attentions["malicious"][0], marked),
         "contrastive_pair": plot_contrastive_pair(harmful, harmless, marked),
     }
-    prompt_hashes = {name: prompt_hash(prompts) for name, prompts in sets.items()}
-    folder = write_run(
-        config.out,
+    words = "Share of attention on function words, content words and punctuation by layer; the table has the numbers"
+    one = "Attention over the first malicious question, a row a layer, a column a token"
+    two = "Attention over the harmful and the harmless prompt of a contrastive pair, side by side"
+    pictures = [report.figure(figures["attention"], one), report.figure(figures["contrastive_pair"], two, wide=True)]
+    return publish(
         "stages",
-        config.model,
-        config=config,
+        config,
+        text,
+        title=f"What {config.model} attends to",
+        lead=lead[0].upper() + lead[1:] + ".",
+        sections=[
+            Section("Kinds of words", [report.figure(figures["words"], words, wide=True), report.fixed_width(text)]),
+            Section("Pictures", pictures),
+        ],
         metrics={
             "shares": {name: share_metrics(part, config) for name, part in shares.items()},
             "changes": changes,
             "before": before,
             "after": after,
-            "prompt_hashes": prompt_hashes,
             "prompt_ids": {name: part.ids for name, part in drawn.items()},
         },
+        prompt_hashes={name: prompt_hash(prompts) for name, prompts in sets.items()},
         tensors={f"{name}.shares": part.shares for name, part in shares.items()},
         figures=figures,
-        texts={"table.txt": text + "\n", "report.html": page_of(config, lead, text, figures, prompt_hashes)},
     )
-    print(f"written: {folder}/ ({', '.join(sorted(path.name for path in folder.iterdir()))})")
-    return StagesResult(shares, changes, folder)
-
-
-def load(name: str, adapter: str | None, config: StagesConfig) -> HookedTransformer:
-    print(f"loading {name} ...", flush=True)
-    return sm.load_model(name, config.device, config.dtype, adapter=adapter)
 
 
 def variants(attentions: dict[str, list[sm.QuestionAttention]], config: StagesConfig) -> dict[str, WordShares]:
@@ -180,33 +170,7 @@ def interval_of(change: Change) -> str:
     return f"{change.difference:+.1%} [{change.low:+.1%}, {change.high:+.1%}]"
 
 
-def page_of(
-    config: StagesConfig, lead: str, tables: str, figures: dict[str, Figure], prompt_hashes: dict[str, str]
-) -> str:
-    words = "Share of attention on function words, content words and punctuation by layer; the table has the numbers"
-    one = "Attention over the first malicious question, a row a layer, a column a token"
-    pair = "Attention over the harmful and the harmless prompt of a contrastive pair, side by side"
-    sections = [
-        Section("Kinds of words", [report.figure(figures["words"], words, wide=True), report.fixed_width(tables)]),
-        Section(
-            "Pictures",
-            [report.figure(figures["attention"], one), report.figure(figures["contrastive_pair"], pair, wide=True)],
-        ),
-        report.settings_section(config, prompt_hashes),
-    ]
-    return report_page(f"What {config.model} attends to", lead[0].upper() + lead[1:] + ".", sections)
-
-
 def share_metrics(shares: WordShares, config: StagesConfig) -> dict[str, Any]:
     mean, low, high = mean_interval(shares.shares, samples=config.bootstrap, seed=config.seed)
-    return {
-        "kinds": KINDS,
-        "mean": mean,
-        "low": low,
-        "high": high,
-        "uniform": shares.uniform.mean(dim=0),
-        "first": shares.first.mean(dim=0),
-        "first_uniform": shares.first_uniform.mean(),
-        "question": shares.question.mean(dim=0),
-        "n_prompts": len(shares.shares),
-    }
+    others = {name: values.mean(dim=0) for name, values in vars(shares).items() if name != "shares"}
+    return {"kinds": KINDS, "mean": mean, "low": low, "high": high, **others, "n_prompts": len(shares.shares)}
