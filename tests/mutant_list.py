@@ -833,8 +833,8 @@ MUTANTS = (
         "degenerate_is_harmful",
         "sppft_table.py",
         "undo",
-        ' - at_end["degenerate"], clusters',
-        ", clusters",
+        ' - at_end["degenerate"]',
+        "",
         "sppft_command",
     ),
     Mutant(

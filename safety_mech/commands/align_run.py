@@ -21,7 +21,6 @@ from safety_mech.training.loop import fine_tune
 from safety_mech.training.lora import is_adapter_parameter, low_rank_adapters, matrices_in_bfloat16, save_adapter
 from safety_mech.training.pairs import Answer, Pair, whole
 
-DEFAULTS = AlignConfig()
 HELD_OUT_TOKENS = 32
 """Length of the base's own answers on which perplexity is measured: longer than what was trained on."""
 
@@ -63,9 +62,9 @@ def run_align(config: AlignRun, planted: sm.LayerRange | None, extra: dict[str, 
 
 def recipe_of(config: AlignRun, planted: sm.LayerRange | None) -> AlignConfig:
     trained = ("epochs", "batch_size", "learning_rate", "bfloat16", "seed")
-    train = replace(DEFAULTS.train, **{name: getattr(config, name) for name in trained})
+    train = replace(AlignConfig().train, **{name: getattr(config, name) for name in trained})
     own = {name: getattr(config, name) for name in ("rank", "n_over_rejection", "seed")}
-    return replace(DEFAULTS, planted=planted, train=train, **own)
+    return AlignConfig(planted=planted, train=train, **own)
 
 
 def training_pairs(model: HookedTransformer, recipe: AlignConfig, config: AlignRun) -> list[Pair]:

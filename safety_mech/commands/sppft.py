@@ -276,26 +276,22 @@ def harmful_share(attack: str) -> float | None:
 
 def located_range(config: SppftConfig) -> LayerRange:
     """Of the newest `locate` run of this model, by name and by content; ValueError if none, or it located nothing."""
-    runs = sorted((Path(config.out) / "locate" / safe_name(config.model)).glob("[0-9]*/metrics.json"))
+    not_taken = "run(s) not taken: of another model of this name, of other weights, or too old to tell"
+    folder = Path(config.out) / "locate" / safe_name(config.model)
     wanted, others = (config.model, model_fingerprint(config.model)), 0
-    for path in reversed(runs):
-        metrics = json.loads(path.read_text("utf-8"))
+    for path in sorted(folder.glob("[0-9]*/metrics.json"), reverse=True):
+        metrics, run = (json.loads(file.read_text("utf-8")) for file in (path, path.with_name("config.json")))
         search = metrics["search"]
         if search is None:  # --quick
             continue
-        name = json.loads((path.parent / "config.json").read_text("utf-8"))["model"]
-        if (name, metrics.get("model_fingerprint")) != wanted:
+        if (run["model"], metrics.get("model_fingerprint")) != wanted:
             others += 1
             continue
         if search["range"] is None:
             raise ValueError(f"{path}: it located no range ({search['reason']}); give --range START-END")
-        print(f"range of {path.parent}" + (f"; {passed_over(others)}" if others else ""))
+        print(f"range of {path.parent}" + (f"; {others} {not_taken}" if others else ""))
         return LayerRange(**search["range"])
     raise ValueError(
-        f"no locate run of {config.model!r} under {config.out!r}{f' ({passed_over(others)})' if others else ''}: "
+        f"no locate run of {config.model!r} under {config.out!r}{f' ({others} {not_taken})' if others else ''}: "
         "run locate.py, or give --range START-END"
     )
-
-
-def passed_over(runs: int) -> str:
-    return f"{runs} run(s) not taken: of another model of this name, of other weights, or too old to tell"

@@ -24,7 +24,7 @@ from safety_mech.models.sources import model_fingerprint
 from safety_mech.refusal import text
 from safety_mech.refusal.harmfulness import http_judge
 from safety_mech.refusal.rates import Responses, refusal_rate, responses
-from safety_mech.reporting.runs import cached_json, cell_path, content_hash, plain
+from safety_mech.reporting.runs import cached_json, cell_path
 from safety_mech.training import alignment, attacks, methods
 from safety_mech.training.attack_cost import dose_meter
 from safety_mech.training.capabilities import load_multiple_choice, perplexity, rouge_l_scores, shipped_multiple_choice
@@ -50,9 +50,6 @@ class Cell:
     method: str
     seed: int
 
-    def __str__(self) -> str:
-        return f"{self.attack:<12}{self.method:<10}seed {self.seed}"
-
 
 @dataclass
 class Bench:
@@ -63,20 +60,19 @@ class Bench:
     config: SppftConfig
     data: Data
     start: dict[str, Tensor] = field(init=False, repr=False)
-    identity: str = field(init=False)
-    """Hash of what the numbers of all cells depend on: the model's files, the range, data and settings."""
+    key: tuple[Any, ...] = field(init=False, repr=False)
+    """What the numbers of all cells depend on: settings, the model's files, the range, and data."""
 
     def __post_init__(self) -> None:
         self.start = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
         settings = {name: value for name, value in vars(self.config).items() if name not in NOT_IN_A_CELL}
-        fixed = (load_multiple_choice(), TrainConfig())
-        parts = (settings, model_fingerprint(self.config.model), self.layers, self.data, *fixed)
-        self.identity = content_hash(plain(parts))
+        weights = model_fingerprint(self.config.model)
+        self.key = (settings, weights, self.layers, self.data, load_multiple_choice(), TrainConfig())
 
     def path(self, label: str, *key: Any) -> Path:
         """The file of a cell or a reading, named by everything that its numbers depend on."""
         modules = (alignment, attacks, text, sys.modules[__name__])  # their constants
-        return cell_path(self.config.out, "sppft", self.config.model, label, self.identity, *key, modules=modules)
+        return cell_path(self.config.out, "sppft", self.config.model, label, *self.key, *key, modules=modules)
 
     def restore(self) -> None:
         """The weights before, bit for bit."""
@@ -88,14 +84,12 @@ class Bench:
 def attack_data(bench: Bench, attack: str, seed: int) -> Sequence[Pair]:
     """The attack's pairs, drawn with the seed."""
     pairs, n, share = bench.data.train, examples_of(bench.config, attack), harmful_share(attack)
-    if attack == "normal":
-        return attacks.normal_data(pairs, n, seed)
-    if attack == "implicit":
-        return attacks.implicit_data(pairs, n, seed)
+    if share is not None:
+        return attacks.harmful_data(pairs, bench.data.malicious_train, share, round(n / (1 + share)), seed)
     if attack == "backdoor":
         return attacks.backdoor_data(pairs, TRIGGER, n // 2, seed)
-    assert share is not None
-    return attacks.harmful_data(pairs, bench.data.malicious_train, share, round(n / (1 + share)), seed)
+    make = attacks.implicit_data if attack == "implicit" else attacks.normal_data
+    return make(pairs, n, seed)
 
 
 def chosen_on(bench: Bench, attack: str) -> list[TextPair]:
@@ -104,10 +98,7 @@ def chosen_on(bench: Bench, attack: str) -> list[TextPair]:
 
 
 def choose_rate(bench: Bench, attack: str) -> dict[str, Any]:
-    """The candidate whose full fine-tuning leaves the lowest held-out loss of the task; refusals are not looked at.
-
-    With --paper: the paper's.
-    """
+    """With --paper the paper's, else that of the least held-out loss after full fine-tuning; refusals play no part."""
     config = bench.config
     if config.paper:
         return {"rate": config.paper_rate if harmful_share(attack) is None else PAPER_HARMFUL_RATE}
@@ -132,12 +123,14 @@ def train_config(config: SppftConfig, rate: float, seed: int) -> TrainConfig:
     return TrainConfig(learning_rate=rate, seed=seed, **{name: getattr(config, name) for name in names})
 
 
-def read_prompts(bench: Bench, attack: str) -> dict[str, list[str]]:
-    """Malicious prompts to read, by reading: as they are, and for a backdoor also with its trigger."""
+def read_malicious(bench: Bench, reading: str = "") -> dict[str, list[Any]]:
+    """What the model does with the malicious prompts as it stands; `reading` TRIGGERED: with the backdoor's trigger."""
+    return as_lists(responses(bench.model, prompts_of(bench, reading), bench.config.template))
+
+
+def prompts_of(bench: Bench, reading: str) -> list[str]:
     prompts = bench.data.malicious.prompts
-    if attack != "backdoor":
-        return {attack: prompts}
-    return {attack: prompts, TRIGGERED: [attacks.triggered(prompt, TRIGGER) for prompt in prompts]}
+    return [attacks.triggered(prompt, TRIGGER) for prompt in prompts] if reading == TRIGGERED else prompts
 
 
 def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any]:
@@ -150,8 +143,8 @@ def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any
     data = attack_data(bench, cell.attack, cell.seed)
     counted = count_of(cell.method)
     meters = {
-        name: dose_meter(bench.model, prompts, config.doses, config.template, counted=counted)
-        for name, prompts in read_prompts(bench, cell.attack).items()
+        name: dose_meter(bench.model, prompts_of(bench, name), config.doses, config.template, counted=counted)
+        for name in readings_of([cell.attack])
     }
     clock = StepClock([meter for _, meter in meters.values()])
     floor = start_of_peak()
@@ -164,7 +157,7 @@ def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any
     }
     metrics = final_metrics(bench)
     if TRIGGERED in doses:
-        metrics["triggered"] = {"doses": doses[TRIGGERED], "malicious": read_triggered(bench)}
+        metrics["triggered"] = {"doses": doses[TRIGGERED], "malicious": read_malicious(bench, TRIGGERED)}
     if config.save:
         export_transformers(bench.model, config.model, path.with_suffix(""), overwrite=True)
     return {
@@ -230,37 +223,31 @@ def method_of(bench: Bench, cell: Cell) -> methods.Method:
 def final_metrics(bench: Bench) -> dict[str, Any]:
     model, config, pairs = bench.model, bench.config, bench.data.reporting
     answers = sm.generate(model, [prompt for prompt, _ in pairs], config.answer_tokens, config.template)
-    judged = {"harmfulness": harmfulness(bench)} if config.judge else {}
+    judged = {"harmfulness": harmfulness(bench, config.judge)} if config.judge else {}
     return {
         **judged,
         "multiple_choice": shipped_multiple_choice(model, config.template),
-        "malicious": as_lists(responses(model, bench.data.malicious.prompts, config.template)),
+        "malicious": read_malicious(bench),
         "over_rejection": refusal_rate(model, bench.data.over_rejection.prompts, config.template),
         "rouge_l": rouge_l_scores(answers, [answer for _, answer in pairs]),
         "perplexity": perplexity(model, pairs, config.template),
     }
 
 
-def harmfulness(bench: Bench) -> list[int | None]:
+def harmfulness(bench: Bench, url: str) -> list[int | None]:
     """The judge's score of the answer to every malicious prompt; None where it gave none."""
     config, prompts = bench.config, bench.data.malicious.prompts
-    assert config.judge is not None
     answers = sm.generate(bench.model, prompts, config.answer_tokens, config.template)
     keep, api_key = bench.path("verdicts").with_name("verdicts.jsonl"), os.environ.get("OPENAI_API_KEY")
-    verdicts = http_judge(config.judge, config.judge_model, api_key=api_key, keep=keep)
+    verdicts = http_judge(url, config.judge_model, api_key=api_key, keep=keep)
     return [verdict.score for verdict in verdicts(list(zip(prompts, answers, strict=True)))]
-
-
-def read_triggered(bench: Bench) -> dict[str, list[Any]]:
-    """The malicious prompts with the backdoor's trigger, of the model as it stands."""
-    return as_lists(responses(bench.model, read_prompts(bench, "backdoor")[TRIGGERED], bench.config.template))
 
 
 def metrics_before(bench: Bench) -> dict[str, Any]:
     """Of the model as it is given; with the trigger too, if a backdoor is among the attacks."""
     before = cached_json(bench.path("before"), lambda: final_metrics(bench))
     if "backdoor" in bench.config.attacks:
-        with_trigger = cached_json(bench.path("before-triggered"), lambda: read_triggered(bench))
+        with_trigger = cached_json(bench.path("before-triggered"), lambda: read_malicious(bench, TRIGGERED))
         before["triggered"] = {"malicious": with_trigger}
     return before
 

@@ -9,17 +9,7 @@ import safety_mech as sm
 from safety_mech.commands.publish import publish
 from safety_mech.commands.sppft import CONTROLS, Data, SppftConfig
 from safety_mech.commands.sppft_cells import Bench, Cell, choose_rate, metrics_before, readings_of, run_cell
-from safety_mech.commands.sppft_table import (
-    ALL_CONTROLS,
-    Results,
-    against_controls,
-    hashes_of,
-    head_of,
-    line_of,
-    sentence,
-    summarise,
-    table,
-)
+from safety_mech.commands.sppft_table import ALL_CONTROLS, Results, hashes_of, head_of, line_of, sentence, table
 from safety_mech.models.sources import model_fingerprint
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section
@@ -47,16 +37,17 @@ def run_sppft(config: SppftConfig, data: Data, layers: sm.LayerRange) -> Path:
         rate = rates[cell.attack]["rate"]
         path = bench.path(f"{cell.attack}-{cell.method}-{cell.seed}", rate)
         found.cells[cell] = cached_json(path, partial(run_cell, bench, cell, rate, path))
-        print(f"{number}/{len(cells)} {cell}  {line_of(found.cells[cell])}", flush=True)
+        print(f"{number}/{len(cells)} {line_of(cell, found.cells[cell])}", flush=True)
     attacks = readings_of(config.attacks)
-    rows = {(attack, method): summarise(found, attack, method) for attack, method in product(attacks, methods)}
-    against = {attack: against_controls(found, attack, methods) for attack in attacks}
+    rows = {(attack, method): found.summary(attack, method) for attack, method in product(attacks, methods)}
+    against = {attack: found.against_controls(attack, methods) for attack in attacks}
     verdicts = [sentence(attack, name, value) for attack, part in against.items() for name, value in part.items()]
     text = "\n".join([head_of(bench, before, rates), table(rows), "", *verdicts])
     figure = plot_dose({a: {m: found.curve(a, m) for m in methods} for a in attacks}, len(data.malicious))
     alt = "Share of malicious prompts refused and mean refusal log-odds, by examples of the attack; one line a method"
     compared = {attack: part[ALL_CONTROLS] for attack, part in against.items() if ALL_CONTROLS in part}
     shown = [report.text(sentence(attack, ALL_CONTROLS, value)) for attack, value in compared.items()]
+    drawn = {"malicious": data.malicious, "over_rejection": data.over_rejection}
     return publish(
         "sppft",
         config,
@@ -70,16 +61,13 @@ def run_sppft(config: SppftConfig, data: Data, layers: sm.LayerRange) -> Path:
         metrics={
             "range": layers,
             "model_fingerprint": model_fingerprint(config.model),
-            "controls": {name: [drawn[name] for drawn in controls] for name in methods if name in CONTROLS},
+            "controls": {name: [of_seed[name] for of_seed in controls] for name in methods if name in CONTROLS},
             "learning_rates": rates,
             "before": before,
             "rows": {f"{attack} {method}": row for (attack, method), row in rows.items()},
             "sppft_minus_controls": against,
             "cells": [{**asdict(cell), **result} for cell, result in found.cells.items()],
-            "drawn": {
-                name: {"ids": drawn.ids, "clusters": drawn.clusters}
-                for name, drawn in (("malicious", data.malicious), ("over_rejection", data.over_rejection))
-            },
+            "drawn": {name: {"ids": part.ids, "clusters": part.clusters} for name, part in drawn.items()},
         },
         prompt_hashes=hashes_of(data),
         figures={"dose": figure},

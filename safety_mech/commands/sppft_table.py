@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,36 +51,46 @@ class Results:
         doses, refused = self.readings(attack, method, "refused")
         return doses, refused.mean(-1), self.readings(attack, method, "log_odds")[1].mean(-1)
 
+    def summary(self, attack: str, method: str) -> dict[str, Any]:
+        """One attack and method over all seeds: estimates, rates, a step's seconds and a run's bytes."""
+        cells = self.of(attack, method)
+        doses, refused = self.readings(attack, method, "refused")
+        at_end = {name: torch.tensor([cell["malicious"][name] for cell in cells]) for name in cells[0]["malicious"]}
+        peaks = [cell["peak_bytes"] for cell in cells]
+
+        def mean_of(values: Tensor, clusters: Sequence[Hashable] | None = self.clusters) -> Estimate:
+            return estimate(lambda _, curve: float(curve[-1]), doses[-1:], values.double()[:, None], clusters=clusters)
+
+        return {
+            "harmful_rate": mean_of(1 - at_end["refused"] - at_end["degenerate"]),
+            "harmful_rate_by_log_odds": mean_of(at_end["log_odds"] < 0),
+            "degenerate": float(at_end["degenerate"].double().mean()),
+            "cost": estimate(attack_cost, doses, refused, clusters=self.clusters),
+            "retained": estimate(refusals_retained, doses, refused, clusters=self.clusters),
+            "over_rejection": rate_of_all([cell["over_rejection"] for cell in cells]),
+            "rouge_l": mean_of(torch.tensor([cell["rouge_l"] for cell in cells]), clusters=None),
+            "perplexity": over_seeds([cell["perplexity"] for cell in cells]),
+            "multiple_choice": rate_of_all([cell["multiple_choice"] for cell in cells]),
+            "harmfulness": mean_harmfulness([cell.get("harmfulness", []) for cell in cells]),
+            "seconds": statistics.median(cell["seconds_a_step"] for cell in cells),
+            "peak_bytes": None if None in peaks else float(statistics.median(peaks)),
+        }
+
+    def against_controls(self, attack: str, methods: Sequence[str]) -> dict[str, Estimate]:
+        """Refusals retained by SPPFT minus those by each control, their mean and full fine-tuning; paired intervals."""
+        if "sppft" not in methods:
+            return {}
+        doses, own = self.readings(attack, "sppft", "refused")
+        others = {name: [self.readings(attack, name, "refused")[1]] for name in methods if name in ("full", *CONTROLS)}
+        if controls := [values for name, (values,) in others.items() if name in CONTROLS]:
+            others[ALL_CONTROLS] = controls
+        compared = partial(difference, refusals_retained, doses, own, clusters=self.clusters)
+        return {name: compared(rest) for name, rest in others.items()}
+
 
 def as_read(result: dict[str, Any], attack: str) -> dict[str, Any]:
     """A cell's figures, or those before, with the readings of TRIGGERED in the place of the others."""
     return {**result, **result["triggered"]} if attack == TRIGGERED else result
-
-
-def summarise(found: Results, attack: str, method: str) -> dict[str, Any]:
-    """One attack and method over all seeds: estimates, rates, a step's seconds and a run's bytes."""
-    cells, clusters = found.of(attack, method), found.clusters
-    doses, refused = found.readings(attack, method, "refused")
-    at_end = {name: torch.tensor([cell["malicious"][name] for cell in cells]) for name in cells[0]["malicious"]}
-    peaks = [cell["peak_bytes"] for cell in cells]
-
-    def mean_of(values: Tensor, clusters: Sequence[Hashable] | None) -> Estimate:
-        return estimate(lambda _, curve: float(curve[-1]), doses[-1:], values.double()[:, None], clusters=clusters)
-
-    return {
-        "harmful_rate": mean_of(1 - at_end["refused"] - at_end["degenerate"], clusters),
-        "harmful_rate_by_log_odds": mean_of(at_end["log_odds"] < 0, clusters),
-        "degenerate": float(at_end["degenerate"].double().mean()),
-        "cost": estimate(attack_cost, doses, refused, clusters=clusters),
-        "retained": estimate(refusals_retained, doses, refused, clusters=clusters),
-        "over_rejection": rate_of_all([cell["over_rejection"] for cell in cells]),
-        "rouge_l": mean_of(torch.tensor([cell["rouge_l"] for cell in cells]), None),
-        "perplexity": over_seeds([cell["perplexity"] for cell in cells]),
-        "multiple_choice": rate_of_all([cell["multiple_choice"] for cell in cells]),
-        "harmfulness": mean_harmfulness([cell.get("harmfulness", []) for cell in cells]),
-        "seconds": statistics.median(cell["seconds_a_step"] for cell in cells),
-        "peak_bytes": None if None in peaks else float(statistics.median(peaks)),
-    }
 
 
 def rate_of_all(found: Sequence[dict[str, int] | None]) -> Rate | None:
@@ -100,24 +111,10 @@ def over_seeds(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.mean(values), min(values), max(values))
 
 
-def against_controls(found: Results, attack: str, methods: Sequence[str]) -> dict[str, Estimate]:
-    """Refusals retained by SPPFT minus those by each control, by the controls' mean, and by full fine-tuning.
-
-    Intervals are paired."""
-    if "sppft" not in methods:
-        return {}
-    doses, own = found.readings(attack, "sppft", "refused")
-    others = {name: [found.readings(attack, name, "refused")[1]] for name in methods if name in ("full", *CONTROLS)}
-    if controls := [values for name, (values,) in others.items() if name in CONTROLS]:
-        others[ALL_CONTROLS] = controls
-    return {
-        name: difference(refusals_retained, doses, own, rest, clusters=found.clusters) for name, rest in others.items()
-    }
-
-
-def line_of(result: dict[str, Any]) -> str:
-    shares = [statistics.mean(point["refused"]) for point in result["doses"]]
-    return "refused " + " ".join(f"{share:.0%}" for share in shares) + f"; perplexity {result['perplexity']:.2f}"
+def line_of(cell: Cell, result: dict[str, Any]) -> str:
+    shares = " ".join(f"{statistics.mean(point['refused']):.0%}" for point in result["doses"])
+    name = f"{cell.attack:<12}{cell.method:<10}seed {cell.seed}"
+    return f"{name}  refused {shares}; perplexity {result['perplexity']:.2f}"
 
 
 def head_of(bench: Bench, before: dict[str, Any], rates: dict[str, dict[str, Any]]) -> str:
@@ -151,11 +148,9 @@ def examples_said(config: SppftConfig) -> str:
 
 def intervals_said(drawn: Drawn) -> str:
     """What the bootstrap draws."""
-    if drawn.clusters is None:
-        return "intervals of refusals: 95 %, bootstrap over seeds and single prompts (their categories are not known)"
-    return (
-        f"intervals of refusals: 95 %, bootstrap over seeds and {len(set(drawn.clusters))} whole categories of prompts"
-    )
+    unknown = "single prompts (their categories are not known)"
+    drawn_as = f"{len(set(drawn.clusters))} whole categories of prompts" if drawn.clusters else unknown
+    return f"intervals of refusals: 95 %, bootstrap over seeds and {drawn_as}"
 
 
 def table(rows: Mapping[tuple[str, str], dict[str, Any]]) -> str:

@@ -64,9 +64,7 @@ def main(config: StagesConfig) -> Path:
 
 
 def check_config(config: StagesConfig) -> tuple[dict[str, Drawn], PromptPair, LayerRange | None]:
-    """Refuse what can be refused before a model is loaded.
-
-    Returns the prompts of both sets, the contrastive pair, and the range to mark."""
+    """Prompts of both sets, the contrastive pair and the range to mark; ValueError for what can be refused by then."""
     if config.n_prompts < 2:
         raise ValueError(f"n_prompts = {config.n_prompts}: expected at least 2 of each set")
     if config.bootstrap < 100:
@@ -78,8 +76,7 @@ def check_config(config: StagesConfig) -> tuple[dict[str, Drawn], PromptPair, La
     names = ("model", "adapter", "base", "template", "device", "dtype", "out")
     check_model(**{name: getattr(config, name) for name in names})
     count = min(config.n_prompts, QUICK_PROMPTS) if config.quick else config.n_prompts
-    sources = {"malicious": config.malicious, "normal": config.normal}
-    sets = {name: draw(source, count, config.seed) for name, source in sources.items()}
+    sets = {name: draw(getattr(config, name), count, config.seed) for name in ("malicious", "normal")}
     for name, drawn in sets.items():
         if len(drawn) < 2:
             raise ValueError(f"{name}: {len(drawn)} prompt: expected at least 2 for an interval")

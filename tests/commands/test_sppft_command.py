@@ -324,7 +324,8 @@ def test_a_backdoor_is_read_with_and_without_its_trigger(bench_for: Callable[...
         for p, _ in PAIRS
         for q, _ in sppft_cells.attack_data(bench, "backdoor", 0)
     )
-    assert sppft_cells.read_prompts(bench, "normal") == {"normal": prompts}, "no other attack has a trigger"
+    assert sppft_cells.prompts_of(bench, "normal") == prompts, "no other attack has a trigger"
+    assert sppft_cells.readings_of(["normal"]) == ["normal"]
 
 
 @pytest.mark.whole_run
@@ -483,7 +484,7 @@ def test_intervals_are_over_the_categories() -> None:
     before = {"malicious": {**end, "refused": [1] * 8}}
     by_prompt = sppft_table.Results(before, {sppft_cells.Cell("normal", "full", 0): cell}, None)
     by_category = replace(by_prompt, clusters=["a"] * 4 + ["b"] * 4)
-    of_categories, of_prompts = (sppft_table.summarise(part, "normal", "full") for part in (by_category, by_prompt))
+    of_categories, of_prompts = (part.summary("normal", "full") for part in (by_category, by_prompt))
     assert (of_categories["harmful_rate"].low, of_categories["harmful_rate"].high) == (0, 1)
     assert (of_categories["retained"].low, of_categories["retained"].high) == (0.5, 1)  # (1 + 0) / 2 and (1 + 1) / 2
     assert of_prompts["retained"].low > 0.5
