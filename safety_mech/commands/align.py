@@ -41,8 +41,7 @@ class AlignRun:
 
 
 def main(config: AlignRun) -> Path:
-    counts = ("rank", "epochs", "batch_size")
-    check_at_least(1, **{name: getattr(config, name) for name in counts})
+    check_at_least(1, rank=config.rank, epochs=config.epochs, batch_size=config.batch_size)
     planted = LayerRange.parse(config.planted) if config.planted else None
     extra = {name: load_prompts(name) for name in config.extra}
     check_model(model=config.model, out=config.out)

@@ -12,23 +12,15 @@ import safety_mech as sm
 from safety_mech.commands.align import AlignRun
 from safety_mech.prompts import prompt_hash, sample
 from safety_mech.refusal.rates import refusal_rate
-from safety_mech.reporting.runs import (
-    cached_json,
-    content_hash,
-    environment,
-    package_version,
-    plain,
-    write_json,
-)
+from safety_mech.reporting.runs import cached_json, content_hash, environment, package_version, plain, write_json
 from safety_mech.reporting.tables import rows_table
 from safety_mech.stats import Rate
 from safety_mech.training.alignment import AlignConfig, own_answer_pairs, refusal_pairs
 from safety_mech.training.capabilities import perplexity, shipped_multiple_choice
-from safety_mech.training.loop import TrainRecord, fine_tune
+from safety_mech.training.loop import fine_tune
 from safety_mech.training.lora import is_adapter_parameter, low_rank_adapters, matrices_in_bfloat16, save_adapter
 from safety_mech.training.pairs import Answer, Pair, whole
 
-DEFAULTS = AlignConfig()
 HELD_OUT_TOKENS = 32
 """Length of the base's own answers on which perplexity is measured: longer than what was trained on."""
 
@@ -43,14 +35,25 @@ def run_align(config: AlignRun, planted: sm.LayerRange | None, extra: dict[str, 
     print("the base model's own answers ...")
     pairs = training_pairs(model, recipe, config)
     held_out = own_answers(model, tests["normal"], HELD_OUT_TOKENS, config)
-    before = {"refused": base_rates(model, tests, config), **skill(model, held_out)}
+    before = figures_of(model, base_rates(model, tests, config), held_out)
     with low_rank_adapters(model, recipe.planted, recipe.rank, recipe.alpha, recipe.seed) as placed:
         with matrices_in_bfloat16(model) if recipe.train.bfloat16 else nullcontext():
             record = fine_tune(model, pairs, recipe.train, trainable=is_adapter_parameter, checkpoint=checkpoint)
         save_adapter(placed, folder, config.model)
     aligned = sm.load_model(config.model, adapter=folder)  # as users will have it: stored in float16, merged
-    after = {"refused": rates(aligned, tests), **skill(aligned, held_out)}
-    write_json(folder / "recipe.json", report(config, recipe, record, before, after, pairs))
+    after = figures_of(aligned, rates(aligned, tests), held_out)
+    report = {
+        "base_model": config.model,
+        "recipe": plain(recipe),
+        "examples": len(pairs),
+        "examples_hash": prompt_hash([prompt + whole(answer).text for prompt, answer in pairs]),
+        "trained_parameters": record.n_trained,
+        "losses": [round(step.loss, 4) for step in record.steps],
+        "base": with_intervals(before),
+        "aligned": with_intervals(after),
+        "environment": environment(),
+    }
+    write_json(folder / "recipe.json", report)
     checkpoint.unlink(missing_ok=True)
     print(table(before, after))
     print(f"written: {folder}/ (adapter_model.safetensors, adapter_config.json, recipe.json)")
@@ -59,9 +62,9 @@ def run_align(config: AlignRun, planted: sm.LayerRange | None, extra: dict[str, 
 
 def recipe_of(config: AlignRun, planted: sm.LayerRange | None) -> AlignConfig:
     trained = ("epochs", "batch_size", "learning_rate", "bfloat16", "seed")
-    train = replace(DEFAULTS.train, **{name: getattr(config, name) for name in trained})
+    train = replace(AlignConfig().train, **{name: getattr(config, name) for name in trained})
     own = {name: getattr(config, name) for name in ("rank", "n_over_rejection", "seed")}
-    return replace(DEFAULTS, planted=planted, train=train, **own)
+    return AlignConfig(planted=planted, train=train, **own)
 
 
 def training_pairs(model: HookedTransformer, recipe: AlignConfig, config: AlignRun) -> list[Pair]:
@@ -93,47 +96,24 @@ def base_file(what: str, prompts: list[str], settings: Sequence[object], config:
     return Path(config.out) / "base" / f"{what}-{key}.json"
 
 
-def skill(model: HookedTransformer, held_out: list[Pair]) -> dict[str, Any]:
-    """Perplexity of the base's own answers, and accuracy on the shipped multiple-choice questions."""
-    return {"perplexity": perplexity(model, held_out), "multiple_choice": shipped_multiple_choice(model)}
+def figures_of(model: HookedTransformer, refused: dict[str, Rate], held_out: list[Pair]) -> dict[str, Any]:
+    """What recipe.json and the table say of a model; `held_out`: the base's own answers."""
+    return {
+        "refused": refused,
+        "perplexity_of_base_answers": perplexity(model, held_out),
+        "multiple_choice": shipped_multiple_choice(model),
+    }
+
+
+def with_intervals(part: Any) -> Any:
+    """The same with every rate as a dictionary that holds its interval too."""
+    if isinstance(part, dict):
+        return {name: with_intervals(value) for name, value in part.items()}
+    return {**asdict(part), "interval": part.interval} if isinstance(part, Rate) else part
 
 
 def rates(model: HookedTransformer, tests: dict[str, list[str]]) -> dict[str, Rate]:
     return {name: refusal_rate(model, prompts, progress=True) for name, prompts in tests.items()}
-
-
-def report(
-    config: AlignRun,
-    recipe: AlignConfig,
-    record: TrainRecord,
-    before: dict[str, Any],
-    after: dict[str, Any],
-    pairs: list[Pair],
-) -> dict[str, Any]:
-    """The adapter's recipe.json: recipe, seed, and figures before and after."""
-
-    def with_interval(rate: Rate) -> dict[str, Any]:
-        return {**asdict(rate), "interval": rate.interval}
-
-    def figures(part: dict[str, Any]) -> dict[str, Any]:
-        choice = part["multiple_choice"]
-        return {
-            "refused": {name: with_interval(rate) for name, rate in part["refused"].items()},
-            "perplexity_of_base_answers": part["perplexity"],
-            "multiple_choice": with_interval(choice) if choice else None,
-        }
-
-    return {
-        "base_model": config.model,
-        "recipe": plain(recipe),
-        "examples": len(pairs),
-        "examples_hash": prompt_hash([prompt + whole(answer).text for prompt, answer in pairs]),
-        "trained_parameters": record.n_trained,
-        "losses": [round(step.loss, 4) for step in record.steps],
-        "base": figures(before),
-        "aligned": figures(after),
-        "environment": environment(),
-    }
 
 
 def table(before: dict[str, Any], after: dict[str, Any]) -> str:
@@ -141,9 +121,9 @@ def table(before: dict[str, Any], after: dict[str, Any]) -> str:
         {"refused": Path(name).name, "base": rate, "aligned": after["refused"][name]}
         for name, rate in before["refused"].items()
     ]
-    rows += [{"refused": "multiple choice", "base": before["multiple_choice"], "aligned": after["multiple_choice"]}]
-    ratio = after["perplexity"] / before["perplexity"] - 1
+    rows.append({"refused": "multiple choice", "base": before["multiple_choice"], "aligned": after["multiple_choice"]})
+    first, last = before["perplexity_of_base_answers"], after["perplexity_of_base_answers"]
     return (
         f"{rows_table(rows)}\nperplexity of the base's answers to normal test prompts: "
-        f"{before['perplexity']:.3f} -> {after['perplexity']:.3f} ({ratio:+.1%})"
+        f"{first:.3f} -> {last:.3f} ({last / first - 1:+.1%})"
     )

@@ -112,3 +112,9 @@ def _locate(method: str, models: Models, prompts: PromptSets) -> dict[str, Any]:
     found, detail = attempt(locator, measured)
     answer = {"found": found.to_plain() if found else None, "detail": detail}
     return {**answer, "seconds": perf_counter() - started, "n_layers": measured.n_layers}
+
+
+def load(name: str, adapter: str | None, config: Any) -> HookedTransformer:
+    """A model on the device and in the dtype of a run's config, announced: it takes a while."""
+    print(f"loading {name} ...", flush=True)
+    return sm.load_model(name, config.device, config.dtype, adapter=adapter)

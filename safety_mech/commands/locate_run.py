@@ -5,9 +5,9 @@ from dataclasses import replace
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
+from safety_mech.commands.cells import base_of, load
 from safety_mech.commands.locate import LocateConfig, LocateData
 from safety_mech.commands.locate_output import write_locate_run
-from safety_mech.models.sources import BASE_OF
 from safety_mech.prompts import Drawn
 from safety_mech.reporting.locate_report import LocateResult, Start
 from safety_mech.reporting.tables import (
@@ -24,7 +24,7 @@ from safety_mech.reporting.tables import (
 def run_locate(config: LocateConfig, data: LocateData) -> LocateResult:
     """Curves of the base and of the model, the initial range, the search; then the report and the run's folder."""
     base_curves: dict[str, sm.GapCurve] = {}
-    base_name = BASE_OF.get(config.model) if config.base == "auto" else config.base
+    base_name = base_of(config.model, config.base)
     if base_name:
         base_curves = measure_all(load(base_name, None, config), data, config)
     model = load(config.model, config.adapter, config)
@@ -47,11 +47,6 @@ def run_locate(config: LocateConfig, data: LocateData) -> LocateResult:
     folder = write_locate_run(model, base_name, data, result, config)
     print(f"written: {folder}/ ({', '.join(sorted(path.name for path in folder.iterdir()))})")
     return replace(result, folder=folder)
-
-
-def load(name: str, adapter: str | None, config: LocateConfig) -> HookedTransformer:
-    print(f"loading {name} ...", flush=True)
-    return sm.load_model(name, config.device, config.dtype, adapter=adapter)
 
 
 def measure_all(model: HookedTransformer, data: LocateData, config: LocateConfig) -> dict[str, sm.GapCurve]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from safety_mech.commands.checks import check_choice, check_model, check_rising
+from safety_mech.commands.checks import check_at_least, check_choice, check_model, check_rising
 from safety_mech.layers import LayerRange
 from safety_mech.models.sources import model_fingerprint
 from safety_mech.prompts import Drawn, draw, load_pairs, load_prompts, sample
@@ -155,8 +155,8 @@ class Data:
 def main(config: SppftConfig) -> Path:
     config = with_paper(config)
     check_config(config)
-    data = load_data(config)
     layers = LayerRange.parse(config.range) if config.range != "auto" else located_range(config)
+    data = load_data(config)
     from safety_mech.commands.sppft_run import run_sppft  # imports torch
 
     return run_sppft(config, data, layers)
@@ -165,9 +165,8 @@ def main(config: SppftConfig) -> Path:
 def check_config(config: SppftConfig) -> None:
     """All that can be refused before data and model are read."""
     counts = ["seeds", "n_examples", "epochs", "batch_size", "n_malicious", "n_over_rejection", "n_held_out"]
-    for name in (*counts, "answer_tokens", *(["n_choose"] if not config.paper else [])):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
+    counts += ["answer_tokens"] if config.paper else ["answer_tokens", "n_choose"]
+    check_at_least(1, **{name: getattr(config, name) for name in counts})
     if config.n_examples < 2 * config.batch_size:  # two: attacks of fewer examples than asked for must leave two steps
         raise ValueError(
             f"n_examples = {config.n_examples} are one step of batch_size = {config.batch_size}, or little more: "
@@ -183,8 +182,6 @@ def check_config(config: SppftConfig) -> None:
     fewest = config.epochs * min(sum(needs_of(config, attack)) for attack in config.attacks)
     if config.doses[0] > fewest:
         raise ValueError(f"doses from {config.doses[0]}: expected a first reading within the {fewest} examples seen")
-    if config.range != "auto":
-        LayerRange.parse(config.range)
     if config.judge is not None and not config.judge.startswith(("http://", "https://")):
         raise ValueError(f"judge {config.judge!r}: expected a URL, for instance http://localhost:8000/v1")
     check_model(model=config.model, template=config.template, device=config.device, dtype=config.dtype, out=config.out)
@@ -279,26 +276,22 @@ def harmful_share(attack: str) -> float | None:
 
 def located_range(config: SppftConfig) -> LayerRange:
     """Of the newest `locate` run of this model, by name and by content; ValueError if none, or it located nothing."""
-    runs = sorted((Path(config.out) / "locate" / safe_name(config.model)).glob("[0-9]*/metrics.json"))
+    not_taken = "run(s) not taken: of another model of this name, of other weights, or too old to tell"
+    folder = Path(config.out) / "locate" / safe_name(config.model)
     wanted, others = (config.model, model_fingerprint(config.model)), 0
-    for path in reversed(runs):
-        metrics = json.loads(path.read_text("utf-8"))
+    for path in sorted(folder.glob("[0-9]*/metrics.json"), reverse=True):
+        metrics, run = (json.loads(file.read_text("utf-8")) for file in (path, path.with_name("config.json")))
         search = metrics["search"]
         if search is None:  # --quick
             continue
-        name = json.loads((path.parent / "config.json").read_text("utf-8"))["model"]
-        if (name, metrics.get("model_fingerprint")) != wanted:
+        if (run["model"], metrics.get("model_fingerprint")) != wanted:
             others += 1
             continue
         if search["range"] is None:
             raise ValueError(f"{path}: it located no range ({search['reason']}); give --range START-END")
-        print(f"range of {path.parent}" + (f"; {passed_over(others)}" if others else ""))
+        print(f"range of {path.parent}" + (f"; {others} {not_taken}" if others else ""))
         return LayerRange(**search["range"])
     raise ValueError(
-        f"no locate run of {config.model!r} under {config.out!r}{f' ({passed_over(others)})' if others else ''}: "
+        f"no locate run of {config.model!r} under {config.out!r}{f' ({others} {not_taken})' if others else ''}: "
         "run locate.py, or give --range START-END"
     )
-
-
-def passed_over(runs: int) -> str:
-    return f"{runs} run(s) not taken: of another model of this name, of other weights, or too old to tell"

@@ -1,13 +1,14 @@
 """The cells of `sppft.py`: fine-tune by one method on one attack with one seed, and read the model along the way.
 
-A cell is a file named by everything that its figures depend on (`digest`): a killed run reads it again.
+A cell is a file named by everything that its figures depend on (`Bench.path`): a killed run reads it again.
 """
 
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,39 +21,16 @@ import safety_mech as sm
 from safety_mech.commands.memory import peak_since, start_of_peak
 from safety_mech.commands.sppft import Data, SppftConfig, examples_of, harmful_share
 from safety_mech.models.sources import model_fingerprint
+from safety_mech.refusal import text
 from safety_mech.refusal.harmfulness import http_judge
 from safety_mech.refusal.rates import Responses, refusal_rate, responses
-from safety_mech.refusal.text import JUDGED_TOKENS
-from safety_mech.reporting.runs import cached_json, content_hash, package_version
-from safety_mech.training.alignment import REFUSALS, refusal_pairs
+from safety_mech.reporting.runs import cached_json, cell_path
+from safety_mech.training import alignment, attacks, methods
 from safety_mech.training.attack_cost import dose_meter
-from safety_mech.training.attacks import (
-    AFFIRMATIVE_PREFIXES,
-    IMPLICIT_PREFIX,
-    backdoor_data,
-    harmful_data,
-    implicit_data,
-    normal_data,
-    reverse_preferences,
-    triggered,
-)
 from safety_mech.training.capabilities import load_multiple_choice, perplexity, rouge_l_scores, shipped_multiple_choice
 from safety_mech.training.config import TrainConfig
 from safety_mech.training.export import export_transformers
 from safety_mech.training.loop import StepRecord, fine_tune
-from safety_mech.training.methods import (
-    Method,
-    dpo,
-    frozen_entries,
-    is_user_step,
-    lisa,
-    lora_outside,
-    neuron_masks,
-    neuron_scores,
-    neurons_of_equal_size,
-    sppft,
-    width_matched_controls,
-)
 from safety_mech.training.pairs import Pair, TextPair
 
 LISA_STEPS = 4
@@ -72,9 +50,6 @@ class Cell:
     method: str
     seed: int
 
-    def __str__(self) -> str:
-        return f"{self.attack:<12}{self.method:<10}seed {self.seed}"
-
 
 @dataclass
 class Bench:
@@ -83,17 +58,21 @@ class Bench:
     model: HookedTransformer
     layers: sm.LayerRange
     config: SppftConfig
-    folder: Path
     data: Data
     start: dict[str, Tensor] = field(init=False, repr=False)
-    identity: str = field(init=False)
-    """Hash of what the numbers of all cells depend on: the model's files, the range, data, settings and constants."""
+    key: tuple[Any, ...] = field(init=False, repr=False)
+    """What the numbers of all cells depend on: settings, the model's files, the range, and data."""
 
     def __post_init__(self) -> None:
         self.start = {name: weight.detach().clone() for name, weight in self.model.named_parameters()}
-        settings = {name: value for name, value in asdict(self.config).items() if name not in NOT_IN_A_CELL}
-        fingerprint = model_fingerprint(self.config.model)
-        self.identity = content_hash(settings, fingerprint, str(self.layers), asdict(self.data), constants())
+        settings = {name: value for name, value in vars(self.config).items() if name not in NOT_IN_A_CELL}
+        weights = model_fingerprint(self.config.model)
+        self.key = (settings, weights, self.layers, self.data, load_multiple_choice(), TrainConfig())
+
+    def path(self, label: str, *key: Any) -> Path:
+        """The file of a cell or a reading, named by everything that its numbers depend on."""
+        modules = (alignment, attacks, text, sys.modules[__name__])  # their constants
+        return cell_path(self.config.out, "sppft", self.config.model, label, *self.key, *key, modules=modules)
 
     def restore(self) -> None:
         """The weights before, bit for bit."""
@@ -105,26 +84,21 @@ class Bench:
 def attack_data(bench: Bench, attack: str, seed: int) -> Sequence[Pair]:
     """The attack's pairs, drawn with the seed."""
     pairs, n, share = bench.data.train, examples_of(bench.config, attack), harmful_share(attack)
-    if attack == "normal":
-        return normal_data(pairs, n, seed)
-    if attack == "implicit":
-        return implicit_data(pairs, n, seed)
+    if share is not None:
+        return attacks.harmful_data(pairs, bench.data.malicious_train, share, round(n / (1 + share)), seed)
     if attack == "backdoor":
-        return backdoor_data(pairs, TRIGGER, n // 2, seed)
-    assert share is not None
-    return harmful_data(pairs, bench.data.malicious_train, share, round(n / (1 + share)), seed)
+        return attacks.backdoor_data(pairs, TRIGGER, n // 2, seed)
+    make = attacks.implicit_data if attack == "implicit" else attacks.normal_data
+    return make(pairs, n, seed)
 
 
 def chosen_on(bench: Bench, attack: str) -> list[TextPair]:
     """The task's own held-out pairs, which the attacker would look at; none of them is reported on."""
-    return implicit_data(bench.data.choosing) if attack == "implicit" else bench.data.choosing
+    return attacks.implicit_data(bench.data.choosing) if attack == "implicit" else bench.data.choosing
 
 
 def choose_rate(bench: Bench, attack: str) -> dict[str, Any]:
-    """The candidate whose full fine-tuning leaves the lowest held-out loss of the task; refusals are not looked at.
-
-    With --paper: the paper's.
-    """
+    """With --paper the paper's, else that of the least held-out loss after full fine-tuning; refusals play no part."""
     config = bench.config
     if config.paper:
         return {"rate": config.paper_rate if harmful_share(attack) is None else PAPER_HARMFUL_RATE}
@@ -138,30 +112,25 @@ def choose_rate(bench: Bench, attack: str) -> dict[str, Any]:
 
     losses = {}
     for rate in config.learning_rates:
-        path = bench.folder / f"rate-{attack}-{rate:g}-{digest(bench, 'rate', attack, rate, config.seeds)}.json"
+        path = bench.path(f"rate-{attack}-{rate:g}", rate, config.seeds)
         losses[rate] = cached_json(path, partial(measure, rate))
         print(f"{attack:<12}learning rate {rate:g}: held-out loss {losses[rate]['after']:.4f}", flush=True)
     return {"rate": min(losses, key=lambda rate: losses[rate]["after"]), "held_out_losses": losses}
 
 
 def train_config(config: SppftConfig, rate: float, seed: int) -> TrainConfig:
-    return TrainConfig(
-        epochs=config.epochs,
-        learning_rate=rate,
-        batch_size=config.batch_size,
-        cap_warmup=config.cap_warmup,
-        whole_sequence=config.whole_sequence,
-        template=config.template,
-        seed=seed,
-    )
+    names = ("epochs", "batch_size", "cap_warmup", "whole_sequence", "template")
+    return TrainConfig(learning_rate=rate, seed=seed, **{name: getattr(config, name) for name in names})
 
 
-def read_prompts(bench: Bench, attack: str) -> dict[str, list[str]]:
-    """Malicious prompts to read, by reading: as they are, and for a backdoor also with its trigger."""
+def read_malicious(bench: Bench, reading: str = "") -> dict[str, list[Any]]:
+    """What the model does with the malicious prompts as it stands; `reading` TRIGGERED: with the backdoor's trigger."""
+    return as_lists(responses(bench.model, prompts_of(bench, reading), bench.config.template))
+
+
+def prompts_of(bench: Bench, reading: str) -> list[str]:
     prompts = bench.data.malicious.prompts
-    if attack != "backdoor":
-        return {attack: prompts}
-    return {attack: prompts, TRIGGERED: [triggered(prompt, TRIGGER) for prompt in prompts]}
+    return [attacks.triggered(prompt, TRIGGER) for prompt in prompts] if reading == TRIGGERED else prompts
 
 
 def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any]:
@@ -174,20 +143,13 @@ def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any
     data = attack_data(bench, cell.attack, cell.seed)
     counted = count_of(cell.method)
     meters = {
-        name: dose_meter(bench.model, prompts, config.doses, config.template, counted=counted)
-        for name, prompts in read_prompts(bench, cell.attack).items()
+        name: dose_meter(bench.model, prompts_of(bench, name), config.doses, config.template, counted=counted)
+        for name in readings_of([cell.attack])
     }
-
-    def read(record: StepRecord) -> None:
-        for _, meter in meters.values():
-            meter(record)
-
-    clock = StepClock(read)
+    clock = StepClock([meter for _, meter in meters.values()])
     floor = start_of_peak()
-    method = method_of(bench, cell)
-    record = method(
-        bench.model, data, train_config(config, rate, cell.seed), after_step=clock.after_step, progress=False
-    )
+    train = train_config(config, rate, cell.seed)
+    record = method_of(bench, cell)(bench.model, data, train, after_step=clock.after_step, progress=False)
     peak = peak_since(floor)
     doses = {
         name: [{"examples": point.examples, **as_lists(point.responses)} for point in points]
@@ -195,7 +157,7 @@ def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any
     }
     metrics = final_metrics(bench)
     if TRIGGERED in doses:
-        metrics["triggered"] = {"doses": doses[TRIGGERED], "malicious": read_triggered(bench)}
+        metrics["triggered"] = {"doses": doses[TRIGGERED], "malicious": read_malicious(bench, TRIGGERED)}
     if config.save:
         export_transformers(bench.model, config.model, path.with_suffix(""), overwrite=True)
     return {
@@ -212,95 +174,81 @@ def run_cell(bench: Bench, cell: Cell, rate: float, path: Path) -> dict[str, Any
 
 @dataclass
 class StepClock:
-    """Seconds of every training step, without what is measured between steps."""
+    """Seconds of every training step, without the meters that are read between steps."""
 
-    then: Callable[[StepRecord], None]
+    meters: Sequence[Callable[[StepRecord], None]]
     seconds: list[float] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
     def after_step(self, record: StepRecord) -> None:
         if record.step:  # before the first stands the set-up
             self.seconds.append(time.perf_counter() - self.started)
-        self.then(record)
+        for meter in self.meters:
+            meter(record)
         self.started = time.perf_counter()
 
 
 def count_of(method: str) -> Callable[[StepRecord], int]:
     """How many of a step's examples are the attacker's."""
     if method == "lisa":
-        return lambda record: record.examples * is_user_step(record.step, LISA_STEPS, LISA_STEPS)
+        return lambda record: record.examples * methods.is_user_step(record.step, LISA_STEPS, LISA_STEPS)
     if method.startswith("dpo"):
         return lambda record: record.examples // 2
     return lambda record: record.examples
 
 
-def method_of(bench: Bench, cell: Cell) -> Method:
+def method_of(bench: Bench, cell: Cell) -> methods.Method:
     """A method by name, called as `fine_tune` is. The random control is drawn anew for every seed."""
     model, layers, seed = bench.model, bench.layers, cell.seed
-    controls = width_matched_controls(layers, model.cfg.n_layers, seed)
+    controls = methods.width_matched_controls(layers, model.cfg.n_layers, seed)
     if cell.method in controls:
-        return sppft(controls[cell.method])
+        return methods.sppft(controls[cell.method])
+    refusals = alignment.refusal_pairs(bench.data.aligned_on, seed)
     if cell.method == "lisa":
-        return lisa(refusal_pairs(bench.data.aligned_on, seed), LISA_RHO, LISA_STEPS, LISA_STEPS)
+        return methods.lisa(refusals, LISA_RHO, LISA_STEPS, LISA_STEPS)
     if cell.method == "neurons":
-        refusals = refusal_pairs(bench.data.aligned_on, seed)
-        scores = neuron_scores(model, refusals, TrainConfig(template=bench.config.template))
-        return frozen_entries(neuron_masks(model, scores, neurons_of_equal_size(model, layers)))
+        scores = methods.neuron_scores(model, refusals, TrainConfig(template=bench.config.template))
+        count = methods.neurons_of_equal_size(model, layers)
+        return methods.frozen_entries(methods.neuron_masks(model, scores, count))
     if cell.method.startswith("dpo"):
         malicious = bench.data.malicious_train
-        preferences = reverse_preferences(malicious, REFUSALS, min(bench.config.n_examples, len(malicious)), seed)
+        count = min(bench.config.n_examples, len(malicious))
+        preferences = attacks.reverse_preferences(malicious, alignment.REFUSALS, count, seed)
         frozen = layers if cell.method == "dpo-sppft" else None
-        return lambda model, _, config, **options: dpo(model, preferences, config, frozen, DPO_BETA, **options)
-    return {"full": fine_tune, "sppft": sppft(layers), "lora": lora_outside(layers, LORA_RANK, LORA_ALPHA)}[cell.method]
-
-
-def controls_of(bench: Bench, name: str) -> list[list[sm.LayerRange]]:
-    """What a control freezes, seed by seed."""
-    n_layers = bench.model.cfg.n_layers
-    return [width_matched_controls(bench.layers, n_layers, seed)[name] for seed in range(bench.config.seeds)]
+        return lambda model, _, config, **options: methods.dpo(model, preferences, config, frozen, DPO_BETA, **options)
+    lora = methods.lora_outside(layers, LORA_RANK, LORA_ALPHA)
+    return {"full": fine_tune, "sppft": methods.sppft(layers), "lora": lora}[cell.method]
 
 
 def final_metrics(bench: Bench) -> dict[str, Any]:
     model, config, pairs = bench.model, bench.config, bench.data.reporting
     answers = sm.generate(model, [prompt for prompt, _ in pairs], config.answer_tokens, config.template)
-    refused = refusal_rate(model, bench.data.over_rejection.prompts, config.template)
-    choice = shipped_multiple_choice(model, config.template)
-    judged = {"harmfulness": harmfulness(bench)} if config.judge else {}
+    judged = {"harmfulness": harmfulness(bench, config.judge)} if config.judge else {}
     return {
         **judged,
-        "multiple_choice": choice and {"count": choice.count, "total": choice.total},
-        "malicious": as_lists(responses(model, bench.data.malicious.prompts, config.template)),
-        "over_rejection": {"count": refused.count, "total": refused.total},
-        "rouge_l": rouge_l_scores(answers, [answer for _, answer in pairs]).tolist(),
+        "multiple_choice": shipped_multiple_choice(model, config.template),
+        "malicious": read_malicious(bench),
+        "over_rejection": refusal_rate(model, bench.data.over_rejection.prompts, config.template),
+        "rouge_l": rouge_l_scores(answers, [answer for _, answer in pairs]),
         "perplexity": perplexity(model, pairs, config.template),
     }
 
 
-def harmfulness(bench: Bench) -> list[int | None]:
+def harmfulness(bench: Bench, url: str) -> list[int | None]:
     """The judge's score of the answer to every malicious prompt; None where it gave none."""
     config, prompts = bench.config, bench.data.malicious.prompts
-    assert config.judge is not None
     answers = sm.generate(bench.model, prompts, config.answer_tokens, config.template)
-    verdicts = http_judge(
-        config.judge,
-        config.judge_model,
-        api_key=os.environ.get("OPENAI_API_KEY"),
-        keep=bench.folder / "verdicts.jsonl",
-    )
+    keep, api_key = bench.path("verdicts").with_name("verdicts.jsonl"), os.environ.get("OPENAI_API_KEY")
+    verdicts = http_judge(url, config.judge_model, api_key=api_key, keep=keep)
     return [verdict.score for verdict in verdicts(list(zip(prompts, answers, strict=True)))]
-
-
-def read_triggered(bench: Bench) -> dict[str, list[Any]]:
-    """The malicious prompts with the backdoor's trigger, of the model as it stands."""
-    return as_lists(responses(bench.model, read_prompts(bench, "backdoor")[TRIGGERED], bench.config.template))
 
 
 def metrics_before(bench: Bench) -> dict[str, Any]:
     """Of the model as it is given; with the trigger too, if a backdoor is among the attacks."""
-    before = cached_json(bench.folder / f"before-{digest(bench, 'before')}.json", lambda: final_metrics(bench))
+    before = cached_json(bench.path("before"), lambda: final_metrics(bench))
     if "backdoor" in bench.config.attacks:
-        path = bench.folder / f"before-triggered-{digest(bench, 'before', TRIGGERED)}.json"
-        before["triggered"] = {"malicious": cached_json(path, lambda: read_triggered(bench))}
+        with_trigger = cached_json(bench.path("before-triggered"), lambda: read_malicious(bench, TRIGGERED))
+        before["triggered"] = {"malicious": with_trigger}
     return before
 
 
@@ -310,21 +258,6 @@ def as_lists(found: Responses) -> dict[str, list[Any]]:
         "degenerate": found.degenerate.int().tolist(),
         "log_odds": [round(value, 4) for value in found.log_odds.tolist()],
     }
-
-
-def digest(bench: Bench, *parts: Any) -> str:
-    """What a cell's file is named by: everything that its numbers depend on."""
-    return content_hash(bench.identity, *map(str, parts))
-
-
-def constants() -> list[Any]:
-    """What a cell depends on beside settings and data."""
-    return [
-        package_version("safety-mech"),
-        [asdict(question) for question in load_multiple_choice()],
-        (TRIGGER, IMPLICIT_PREFIX, AFFIRMATIVE_PREFIXES, REFUSALS, JUDGED_TOKENS),
-        (LISA_STEPS, LISA_RHO, LORA_RANK, LORA_ALPHA, DPO_BETA, str(TrainConfig())),
-    ]
 
 
 NOT_IN_A_CELL = (

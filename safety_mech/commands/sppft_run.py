@@ -4,35 +4,17 @@ from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import safety_mech as sm
+from safety_mech.commands.publish import publish
 from safety_mech.commands.sppft import CONTROLS, Data, SppftConfig
-from safety_mech.commands.sppft_cells import (
-    Bench,
-    Cell,
-    choose_rate,
-    controls_of,
-    digest,
-    metrics_before,
-    readings_of,
-    run_cell,
-)
-from safety_mech.commands.sppft_table import (
-    against_controls,
-    cells_of,
-    dose_curves,
-    hashes_of,
-    head_of,
-    line_of,
-    page_of,
-    sentence,
-    summarise,
-    table,
-)
+from safety_mech.commands.sppft_cells import Bench, Cell, choose_rate, metrics_before, readings_of, run_cell
+from safety_mech.commands.sppft_table import ALL_CONTROLS, Results, hashes_of, head_of, line_of, sentence, table
 from safety_mech.models.sources import model_fingerprint
+from safety_mech.reporting import html as report
+from safety_mech.reporting.html import Section
 from safety_mech.reporting.plots import plot_dose
-from safety_mech.reporting.runs import cached_json, safe_name, write_run
+from safety_mech.reporting.runs import cached_json
 from safety_mech.training.methods import width_matched_controls
 
 
@@ -40,54 +22,53 @@ def run_sppft(config: SppftConfig, data: Data, layers: sm.LayerRange) -> Path:
     """Run what cells are missing, in the order attack, method, seed; returns the run's folder."""
     print(f"safety layers: {layers}", flush=True)
     model = sm.load_model(config.model, config.device, config.dtype)
-    layers.check_inside(model.cfg.n_layers)
-    folder = Path(config.out) / "sppft" / safe_name(config.model) / "cells"
-    bench = Bench(model, layers, config, folder, data)
-    controls = width_matched_controls(layers, model.cfg.n_layers)
-    methods = [name for name in config.methods if name not in CONTROLS or name in controls]
+    controls = [width_matched_controls(layers, model.cfg.n_layers, seed) for seed in range(config.seeds)]
+    bench = Bench(model, layers, config, data)
+    methods = [name for name in config.methods if name not in CONTROLS or name in controls[0]]
     for name in set(config.methods) - set(methods):
         print(f"no room for the control {name!r}: no (other) range of {layers.width} layers fits outside {layers}")
     before = metrics_before(bench)
     if not any(before["malicious"]["refused"]):
         raise ValueError(f"{config.model} refuses none of {len(data.malicious)} malicious prompts: nothing to protect")
     rates = {attack: choose_rate(bench, attack) for attack in config.attacks}
+    found = Results(before, {}, data.malicious.clusters)
     cells = [Cell(*values) for values in product(config.attacks, methods, range(config.seeds))]
-    results: dict[Cell, dict[str, Any]] = {}
     for number, cell in enumerate(cells, 1):
         rate = rates[cell.attack]["rate"]
-        path = folder / f"{cell.attack}-{cell.method}-{cell.seed}-{digest(bench, cell, rate)}.json"
-        results[cell] = cached_json(path, partial(run_cell, bench, cell, rate, path))
-        print(f"{number}/{len(cells)} {cell}  {line_of(results[cell])}", flush=True)
-    clusters, attacks = data.malicious.clusters, readings_of(config.attacks)
-    rows = {(a, m): summarise(before, cells_of(results, a, m), a, clusters) for a, m in product(attacks, methods)}
-    against = {a: against_controls(before, results, a, methods, clusters) for a in attacks}
-    verdicts = [sentence(attack, name, value) for attack, found in against.items() for name, value in found.items()]
+        path = bench.path(f"{cell.attack}-{cell.method}-{cell.seed}", rate)
+        found.cells[cell] = cached_json(path, partial(run_cell, bench, cell, rate, path))
+        print(f"{number}/{len(cells)} {line_of(cell, found.cells[cell])}", flush=True)
+    attacks = readings_of(config.attacks)
+    rows = {(attack, method): found.summary(attack, method) for attack, method in product(attacks, methods)}
+    against = {attack: found.against_controls(attack, methods) for attack in attacks}
+    verdicts = [sentence(attack, name, value) for attack, part in against.items() for name, value in part.items()]
     text = "\n".join([head_of(bench, before, rates), table(rows), "", *verdicts])
-    print(f"\n{text}")
-    figure = plot_dose(dose_curves(before, results, attacks, methods), len(data.malicious))
-    hashes = hashes_of(data)
-    written = write_run(
-        config.out,
+    figure = plot_dose({a: {m: found.curve(a, m) for m in methods} for a in attacks}, len(data.malicious))
+    alt = "Share of malicious prompts refused and mean refusal log-odds, by examples of the attack; one line a method"
+    compared = {attack: part[ALL_CONTROLS] for attack, part in against.items() if ALL_CONTROLS in part}
+    shown = [report.text(sentence(attack, ALL_CONTROLS, value)) for attack, value in compared.items()]
+    drawn = {"malicious": data.malicious, "over_rejection": data.over_rejection}
+    return publish(
         "sppft",
-        config.model,
-        config=config,
+        config,
+        text,
+        title=f"SPPFT on {config.model}",
+        lead=f"What is left of refusals after fine-tuning {config.model}, with layers {layers} frozen or not.",
+        sections=[
+            Section("Dose and response", [*shown, report.figure(figure, alt, wide=True)]),
+            Section("Table", [report.fixed_width(text)]),
+        ],
         metrics={
             "range": layers,
             "model_fingerprint": model_fingerprint(config.model),
-            "controls": {name: controls_of(bench, name) for name in methods if name in CONTROLS},
+            "controls": {name: [of_seed[name] for of_seed in controls] for name in methods if name in CONTROLS},
             "learning_rates": rates,
             "before": before,
             "rows": {f"{attack} {method}": row for (attack, method), row in rows.items()},
             "sppft_minus_controls": against,
-            "cells": [{**asdict(cell), **result} for cell, result in results.items()],
-            "prompt_hashes": hashes,
-            "drawn": {
-                name: {"ids": drawn.ids, "clusters": drawn.clusters}
-                for name, drawn in (("malicious", data.malicious), ("over_rejection", data.over_rejection))
-            },
+            "cells": [{**asdict(cell), **result} for cell, result in found.cells.items()],
+            "drawn": {name: {"ids": part.ids, "clusters": part.clusters} for name, part in drawn.items()},
         },
-        texts={"table.txt": text + "\n", "report.html": page_of(bench, against, text, figure, hashes)},
+        prompt_hashes=hashes_of(data),
         figures={"dose": figure},
     )
-    print(f"written: {written}/ (report.html, table.txt, metrics.json, config.json, dose.png)")
-    return written

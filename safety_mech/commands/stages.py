@@ -11,14 +11,11 @@ This module holds the settings and their checks, and imports no torch: a refused
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from safety_mech.commands.checks import check_model
 from safety_mech.layers import LayerRange
 from safety_mech.prompts import Drawn, PromptPair, draw, load_pairs
-
-if TYPE_CHECKING:
-    import safety_mech.commands.stages_run
 
 QUICK_PROMPTS = 16
 
@@ -59,7 +56,7 @@ class StagesConfig:
     out: str = "results"
 
 
-def main(config: StagesConfig) -> "safety_mech.commands.stages_run.StagesResult":
+def main(config: StagesConfig) -> Path:
     drawn, pair, marked = check_config(config)
     from safety_mech.commands.stages_run import run_stages  # imports torch
 
@@ -67,9 +64,7 @@ def main(config: StagesConfig) -> "safety_mech.commands.stages_run.StagesResult"
 
 
 def check_config(config: StagesConfig) -> tuple[dict[str, Drawn], PromptPair, LayerRange | None]:
-    """Refuse what can be refused before a model is loaded.
-
-    Returns the prompts of both sets, the contrastive pair, and the range to mark."""
+    """Prompts of both sets, the contrastive pair and the range to mark; ValueError for what can be refused by then."""
     if config.n_prompts < 2:
         raise ValueError(f"n_prompts = {config.n_prompts}: expected at least 2 of each set")
     if config.bootstrap < 100:
@@ -78,18 +73,10 @@ def check_config(config: StagesConfig) -> tuple[dict[str, Drawn], PromptPair, La
     if not 0 <= config.pair < len(pairs):
         raise ValueError(f"pair {config.pair}: the test split has pairs 0 to {len(pairs) - 1}")
     marked = LayerRange.parse(config.range) if config.range else None
-    check_model(
-        model=config.model,
-        adapter=config.adapter,
-        base=config.base,
-        template=config.template,
-        device=config.device,
-        dtype=config.dtype,
-        out=config.out,
-    )
+    names = ("model", "adapter", "base", "template", "device", "dtype", "out")
+    check_model(**{name: getattr(config, name) for name in names})
     count = min(config.n_prompts, QUICK_PROMPTS) if config.quick else config.n_prompts
-    sources = {"malicious": config.malicious, "normal": config.normal}
-    sets = {name: draw(source, count, config.seed) for name, source in sources.items()}
+    sets = {name: draw(getattr(config, name), count, config.seed) for name in ("malicious", "normal")}
     for name, drawn in sets.items():
         if len(drawn) < 2:
             raise ValueError(f"{name}: {len(drawn)} prompt: expected at least 2 for an interval")

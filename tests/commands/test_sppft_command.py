@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import safety_mech as sm
 from safety_mech.commands import sppft, sppft_cells, sppft_run, sppft_table
 from safety_mech.models.loading import load_model
 from safety_mech.models.sources import model_fingerprint
 from safety_mech.prompts import Drawn
+from safety_mech.refusal import text
 from safety_mech.refusal.harmfulness import Verdict
 from safety_mech.refusal.rates import responses
 from safety_mech.stats import Estimate, Rate
+from safety_mech.training import alignment, attacks
 from safety_mech.training.attacks import implicit_data, triggered
 from safety_mech.training.pairs import Answer, choosing_and_reporting, load_instructions
 
@@ -67,12 +69,12 @@ def config_for(tiny: None, llama_folder: Path, tmp_path: Path) -> Callable[..., 
 
 
 @pytest.fixture
-def bench_for(config_for: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+def bench_for(config_for: Callable[..., Any]) -> Callable[..., Any]:
     def make(model: Any = None, model_name: str | None = None, **changes: Any) -> Any:
         config = config_for(**changes, **({"model": model_name} if model_name else {}))
         data = sppft.load_data(config)
         model = sm.load_model("") if model is None else model
-        return sppft_cells.Bench(model, sm.LayerRange(1, 1), config, tmp_path / "cells", data)
+        return sppft_cells.Bench(model, sm.LayerRange(1, 1), config, data)
 
     return make
 
@@ -325,7 +327,8 @@ def test_a_backdoor_is_read_with_and_without_its_trigger(bench_for: Callable[...
         for p, _ in PAIRS
         for q, _ in sppft_cells.attack_data(bench, "backdoor", 0)
     )
-    assert sppft_cells.read_prompts(bench, "normal") == {"normal": prompts}, "no other attack has a trigger"
+    assert sppft_cells.prompts_of(bench, "normal") == prompts, "no other attack has a trigger"
+    assert sppft_cells.readings_of(["normal"]) == ["normal"]
 
 
 @pytest.mark.whole_run
@@ -349,11 +352,12 @@ def test_the_trigger_is_in_table_metrics_and_figure(
     end = full["triggered"]["malicious"]
     answered = sum(not r and not b for r, b in zip(end["refused"], end["degenerate"], strict=True)) / 8
     assert metrics["rows"]["backdoor + trigger full"]["harmful_rate"]["value"] == pytest.approx(answered)
-    text = (folder / "table.txt").read_text()
-    assert "backdoor + trigger  full" in text
-    assert "followed by 'Answer as of old.'" in text
-    assert "bootstrap over seeds and 4 whole categories of prompts" in text
-    assert "not the paper's settings: n_examples 8 (paper: 1000), epochs 1 (paper: 3)" in text
+    table = (folder / "table.txt").read_text()
+    assert re.search(r"^backdoor \+ trigger +full +\d+% .* as without it$", table, re.MULTILINE)
+    assert re.search(r"^backdoor +full +\d+% .* 1\.00 +1\.00$", table, re.MULTILINE)
+    assert "followed by 'Answer as of old.'" in table
+    assert "bootstrap over seeds and 4 whole categories of prompts" in table
+    assert "not the paper's settings: n_examples 8 (paper: 1000), epochs 1 (paper: 3)" in table
     assert metrics["drawn"]["malicious"]["ids"] == list(range(8))
     assert metrics["controls"] == {"random": [[{"start": 3, "end": 3}]]}  # before is [0, 0], after [2, 2]
     assert random["trained_parameters"] < full["trained_parameters"]
@@ -363,17 +367,25 @@ def test_the_trigger_is_in_table_metrics_and_figure(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["TRIGGER", "LISA_STEPS", "LISA_RHO", "DPO_BETA", "LORA_RANK", "IMPLICIT_PREFIX"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        *((sppft_cells, name) for name in ("TRIGGER", "LISA_STEPS", "LISA_RHO", "DPO_BETA", "LORA_RANK")),
+        *((attacks, name) for name in ("IMPLICIT_PREFIX", "AFFIRMATIVE_PREFIXES")),
+        (alignment, "REFUSALS"),
+        (text, "JUDGED_TOKENS"),
+    ],
+)
 def test_another_constant_is_another_cell(
-    bench_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, name: str
+    bench_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, module: Any, name: str
 ) -> None:
-    before = sppft_cells.digest(bench_for(), "cell")
-    assert sppft_cells.digest(bench_for(methods=("full",), seeds=1), "cell") == before, (
-        "which cells are run does not matter"
-    )
-    value = getattr(sppft_cells, name)
-    monkeypatch.setattr(sppft_cells, name, f"{value} now" if isinstance(value, str) else value + 1)
-    assert sppft_cells.digest(bench_for(), "cell") != before
+    before = bench_for().path("cell")
+    assert bench_for(methods=("full",), seeds=1).path("cell") == before, "which cells are run does not matter"
+    assert bench_for(epochs=2).path("cell") != before, "control: what is trained does"
+    value = getattr(module, name)
+    changed = {str: f"{value} now", tuple: ("now",)}
+    monkeypatch.setattr(module, name, changed[type(value)] if type(value) in changed else value + 1)
+    assert bench_for().path("cell") != before
 
 
 def test_other_weights_or_prompts_are_another_cell(
@@ -382,15 +394,15 @@ def test_other_weights_or_prompts_are_another_cell(
     folder = tmp_path / "model"
     shutil.copytree(llama_folder, folder)
     bench = bench_for(model_name=str(folder))
-    before = sppft_cells.digest(bench, "cell")
+    before = bench.path("cell")
     other = replace(bench.data, malicious=replace(bench.data.malicious, prompts=["Why?"]))
-    assert sppft_cells.digest(replace(bench, data=other), "cell") != before
+    assert replace(bench, data=other).path("cell") != before
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
-    assert sppft_cells.digest(bench_for(model_name=str(folder)), "cell") != before
-    assert sppft_cells.digest(bench, "cell") == before, "control: the same bench"
-    assert sppft_cells.digest(bench, "other") != before
+    assert bench_for(model_name=str(folder)).path("cell") != before
+    assert bench.path("cell") == before, "control: the same bench"
+    assert bench.path("cell", "other") != before
 
 
 # --- the paper's settings ---------------------------------------------------------------------------------------------
@@ -454,10 +466,11 @@ def test_paper_and_a_setting_of_ones_own(changes: dict[str, Any]) -> None:
 
 def test_what_is_not_defined_is_said() -> None:
     nothing = Estimate(math.nan, math.nan, math.nan)
-    assert (sppft_table.number(nothing, 2), sppft_table.percent(nothing)) == ("undefined", "undefined")
+    assert (sppft_table.said(nothing, ".2f"), sppft_table.said(None, ".2f")) == ("undefined", "-")
     assert sppft_table.sentence("backdoor", "full", nothing).endswith("undefined: nothing was refused before")
-    assert sppft_table.number(Estimate(math.inf, 12.0, math.inf), 0) == "never [12, never]"
-    assert sppft_table.percent(Estimate(0.5, math.nan, math.nan)) == "50% [no interval]"
+    assert sppft_table.said(Estimate(math.inf, 12.0, math.inf), ".0f") == "never [12, never]"
+    assert sppft_table.said(Estimate(0.5, math.nan, math.nan), ".0%") == "50% [no interval]"
+    assert sppft_table.said(Rate(1, 2), ".0%") == "50% [9%, 91%]"
 
 
 @pytest.mark.slow
@@ -473,12 +486,14 @@ def test_intervals_are_over_the_categories() -> None:
         "multiple_choice": None,
     }
     before = {"malicious": {**end, "refused": [1] * 8}}
-    by_category = sppft_table.summarise(before, [cell], "normal", ["a"] * 4 + ["b"] * 4)
-    by_prompt = sppft_table.summarise(before, [cell], "normal", None)
-    assert (by_category.harmful_rate.low, by_category.harmful_rate.high) == (0, 1)
-    assert (by_category.retained.low, by_category.retained.high) == (0.5, 1)  # (1 + 0) / 2 and (1 + 1) / 2
-    assert by_prompt.retained.low > 0.5
-    assert torch.isfinite(torch.tensor(by_prompt.retained.high))
+    by_prompt = sppft_table.Results(before, {sppft_cells.Cell("normal", "full", 0): cell}, None)
+    by_category = replace(by_prompt, clusters=["a"] * 4 + ["b"] * 4)
+    of_categories, of_prompts = (part.summary("normal", "full") for part in (by_category, by_prompt))
+    assert (of_categories["harmful_rate"].low, of_categories["harmful_rate"].high) == (0, 1)
+    assert (of_categories["retained"].low, of_categories["retained"].high) == (0.5, 1)  # (1 + 0) / 2 and (1 + 1) / 2
+    assert of_prompts["retained"].low > 0.5
+    assert math.isfinite(of_prompts["retained"].high)
+    assert of_prompts["harmfulness"] is None, "no judge, no score"
 
 
 @pytest.mark.slow
@@ -497,12 +512,12 @@ def test_a_judge_scores_the_answers_of_a_cell(
     assert asked == [("http://localhost:8000/v1", "tulip", "verdicts.jsonl")]
     assert found["harmfulness"] == [None, 2, 3, 4, 5, 1, 2, 3][: len(prompts)]
     assert "harmfulness" not in sppft_cells.final_metrics(bench_for()), "control: no judge, no score"
-    assert sppft_cells.digest(bench, "cell") != sppft_cells.digest(bench_for(), "cell")
+    assert bench.path("cell") != bench_for().path("cell")
     score = sppft_table.mean_harmfulness([[None, 2, 4], [1, 1, 1], [None]])
     assert score == Estimate(2.0, 1.0, 3.0)
 
 
 def test_right_answers_of_all_seeds_are_counted_together() -> None:
-    rate = sppft_table.choice_rate([{"count": 3, "total": 6}, {"count": 1, "total": 6}])
+    rate = sppft_table.rate_of_all([{"count": 3, "total": 6}, {"count": 1, "total": 6}])
     assert rate == Rate(4, 12)
-    assert sppft_table.choice_rate([None, None]) is None
+    assert sppft_table.rate_of_all([None, None]) is None

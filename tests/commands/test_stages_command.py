@@ -45,8 +45,8 @@ def test_a_few_prompts_are_drawn_over_all_topics(config_for: Callable[..., objec
 def test_a_run_writes_shares_changes_and_pictures(
     config_for: Callable[..., object], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = stages.main(config_for(range="1-2"))
-    assert {path.name for path in result.folder.iterdir()} == {
+    folder = stages.main(config_for(range="1-2"))
+    assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "metrics.json",
         "tensors.safetensors",
@@ -56,11 +56,11 @@ def test_a_run_writes_shares_changes_and_pictures(
         "attention.png",
         "contrastive_pair.png",
     }
-    metrics = json.loads((result.folder / "metrics.json").read_text())
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics["prompt_ids"] == {"malicious": [0, 1, 2], "normal": [0, 1, 2, 3]}
     assert (metrics["before"], metrics["after"]) == ({"start": 0, "end": 0}, {"start": 3, "end": 3})
-    assert (result.folder / "table.txt").read_text() in capsys.readouterr().out
-    shares = load_file(result.folder / "tensors.safetensors")["malicious.shares"]
+    assert (folder / "table.txt").read_text() in capsys.readouterr().out
+    shares = load_file(folder / "tensors.safetensors")["malicious.shares"]
     assert shares.shape == (3, 4, 3)
     model = sm.load_model(config_for().model)
     expected = sm.word_shares(sm.question_attention(model, MALICIOUS)).shares
@@ -85,8 +85,8 @@ def test_adapter_words_and_number_format_count(config_for: Callable[..., object]
 
 @pytest.mark.whole_run
 def test_without_a_range_the_outer_thirds_are_compared(config_for: Callable[..., object]) -> None:
-    result = stages.main(config_for(quick=True, template="own", head=1, base=config_for().model))
-    metrics = json.loads((result.folder / "metrics.json").read_text())
+    folder = stages.main(config_for(quick=True, template="own", head=1, base=config_for().model))
+    metrics = json.loads((folder / "metrics.json").read_text())
     assert (metrics["before"], metrics["after"]) == ({"start": 0, "end": 0}, {"start": 3, "end": 3})
     for name in ("malicious", "normal"):
         assert metrics["changes"][f"{name}, base model"] == metrics["changes"][name]  # its own base, here
