@@ -713,7 +713,7 @@ MUTANTS = (
         "undo",
         "config.model, prompt_hash(prompts), *map(str, settings)",
         "config.model, *map(str, settings)",
-        "planted_command",
+        "align_command",
     ),
     Mutant(
         "perplexity_ratio_inverted",
@@ -721,7 +721,7 @@ MUTANTS = (
         "order",
         "last / first - 1",
         "first / last - 1",
-        "planted_command",
+        "align_command",
     ),
     Mutant("measurements_stay", "cells.py", "undo", "key = content_hash(plain(prompts.key()))", 'key = ""'),
     Mutant(

@@ -34,7 +34,7 @@ def config_for(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return make
 
 
-@pytest.mark.whole_run
+@pytest.mark.slow
 def test_a_run_leaves_an_adapter_with_its_recipe(
     config_for: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,11 +52,12 @@ def test_a_run_leaves_an_adapter_with_its_recipe(
     layers = {name.split("layers.")[1].split(".")[0] for name in load_file(folder / "adapter_model.safetensors")}
     assert layers == {"1", "2"}
     assert not folder.with_name("tiny.checkpoint").exists()
-    assert "perplexity of the base's answers" in capsys.readouterr().out
+    first, last = (recipe[name]["perplexity_of_base_answers"] for name in ("base", "aligned"))
+    assert f"{first:.3f} -> {last:.3f} ({last / first - 1:+.1%})" in capsys.readouterr().out
     sm.load_model(config.model, adapter=folder)
 
 
-@pytest.mark.whole_run
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_adapter(config_for: Callable[..., Any]) -> None:
     def weights(**changes: object) -> bytes:
         return (align.main(config_for(**changes)) / "adapter_model.safetensors").read_bytes()
@@ -67,7 +68,7 @@ def test_the_same_seed_gives_the_same_adapter(config_for: Callable[..., Any]) ->
     assert len({first, *(weights(**change) for change in others)}) == 6
 
 
-@pytest.mark.whole_run
+@pytest.mark.slow
 def test_the_bases_answers_are_made_once(config_for: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     align.main(config_for())
     monkeypatch.setattr(align_run, "own_answer_pairs", lambda *_: pytest.fail("answered again"))

@@ -90,6 +90,13 @@ def test_an_answer_of_another_model_or_base_is_another(
     assert ask() == 4
 
 
+def test_measurements_are_shared_on_equal_prompts_only(llama_folder: Path) -> None:
+    models = Models(str(llama_folder))
+    measured = models.measurements(SETS)
+    assert models.measurements(replace(SETS)) is measured
+    assert models.measurements(replace(SETS, seed=1)) is not measured
+
+
 def test_the_base_of_a_model() -> None:
     assert base_of("smollm2-135m-aligned", "auto") == "smollm2-135m-instruct"
     assert base_of("./mine", "auto") is None

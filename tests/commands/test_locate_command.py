@@ -93,6 +93,7 @@ BAD = {
     "bad dtype": (["--dtype", "float64"], ["'float64'", "float32, bfloat16, float16"]),
     "bootstrap too small": (["--bootstrap", "99"], ["expected at least 100"]),
     "permutations too few": (["--permutations", "0"], ["expected at least 100"]),
+    "one over-rejection prompt": (["--max-over-rejection", "1"], ["max_over_rejection = 1", "at least 2"]),
     "one sampled pair": (["--r", "1"], ["r = 1", "at least 2"]),
     "topics of a file": (
         ["--bootstrap-over", "topics", "--normal", "FILES/normal.txt"],

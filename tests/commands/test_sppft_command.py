@@ -193,6 +193,7 @@ def test_restoring_is_bit_for_bit(bench_for: Callable[..., Any]) -> None:
         ({"n_choose": 0}, "n_choose = 0"),
         ({"n_choose": 30}, r"expected 30 held-out pairs to choose by, in one half of them \(there are"),
         ({"doses": (4, 2)}, r"doses \[4, 2\]: expected rising"),
+        ({"doses": (2, 4, 4)}, r"doses \[2, 4, 4\]: expected rising"),
         ({"doses": (8, 16)}, "doses from 8: expected a first reading within the 7 examples"),
         ({"template": "tulip"}, "tulip"),
         ({"device": "tulip"}, "tulip"),

@@ -147,6 +147,10 @@ BAD = {
         [{"messages": [{"role": r, "content": "a"} for r in ("system", "user", "assistant")]}],
         "messages of system, user, assistant: expected one user and one assistant",
     ),
+    "two turns of the assistant": (
+        [{"messages": [{"role": r, "content": "a"} for r in ("user", "assistant", "user", "assistant")]}],
+        "messages of user, assistant, user, assistant: expected one user and one assistant",
+    ),
     "no messages": ([{"messages": "hello"}], "expected a list of objects"),
 }
 
