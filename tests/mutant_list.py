@@ -750,8 +750,8 @@ MUTANTS = (
         "pairs_measured_apart",
         "locate_run.py",
         "sign",
-        'name == "contrastive pairs", config)',
-        'name != "contrastive pairs", config)',
+        'paired=name == "contrastive pairs",',
+        'paired=name != "contrastive pairs",',
         "locate_command",
     ),
     Mutant(

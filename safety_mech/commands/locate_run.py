@@ -5,16 +5,14 @@ from dataclasses import replace
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
+from safety_mech.commands.cells import base_of
 from safety_mech.commands.locate import LocateConfig, LocateData
 from safety_mech.commands.locate_output import write_locate_run
-from safety_mech.models.sources import BASE_OF
 from safety_mech.prompts import Drawn
 from safety_mech.reporting.locate_report import LocateResult, Start
 from safety_mech.reporting.tables import (
     alpha_sentence,
     alpha_table,
-    difference_sentence,
-    gap_sentence,
     gap_table,
     search_sentence,
     sweep_table,
@@ -24,7 +22,7 @@ from safety_mech.reporting.tables import (
 def run_locate(config: LocateConfig, data: LocateData) -> LocateResult:
     """Curves of the base and of the model, the initial range, the search; then the report and the run's folder."""
     base_curves: dict[str, sm.GapCurve] = {}
-    base_name = BASE_OF.get(config.model) if config.base == "auto" else config.base
+    base_name = base_of(config.model, config.base)
     if base_name:
         base_curves = measure_all(load(base_name, None, config), data, config)
     model = load(config.model, config.adapter, config)
@@ -32,19 +30,15 @@ def run_locate(config: LocateConfig, data: LocateData) -> LocateResult:
     by = config.statistic
     initial = {name: sm.initial_range(curve, statistic=by) for name, curve in curves.items()}
     samples = {name: sm.initial_range_samples(curve, statistic=by) for name, curve in curves.items()}
-    print(gap_table(curves["prompts"], initial["prompts"]))
-    for name, curve in curves.items():
-        print(f"{name}: {gap_sentence(curve, initial[name], samples[name], by)}")
     differences = {name: sm.gap_difference(curves[name], base_curves[name]) for name in base_curves}
-    for name, difference in differences.items():
-        print(f"{name}: gap minus the gap of {base_name} peaks at {difference_sentence(difference)}")
     start = starting_range(config, initial["prompts"], differences.get("prompts"))
-    print(start)
-    found = None
+    result = LocateResult(curves, base_name, base_curves, by, initial, samples, differences, start)
+    print(gap_table(curves["prompts"], initial["prompts"]))
+    print(*result.gap_sentences(), *result.difference_sentences(), start, sep="\n")
     if data.over_rejection is not None:
         found = search(model, data.sets["prompts"], curves["prompts"], data.over_rejection, start, config)
-    result = LocateResult(curves, base_curves, initial, samples, differences, start, found)
-    folder = write_locate_run(model, base_name, data, result, config)
+        result = replace(result, found=found)
+    folder = write_locate_run(model, data, result, config)
     print(f"written: {folder}/ ({', '.join(sorted(path.name for path in folder.iterdir()))})")
     return replace(result, folder=folder)
 
@@ -55,30 +49,20 @@ def load(name: str, adapter: str | None, config: LocateConfig) -> HookedTransfor
 
 
 def measure_all(model: HookedTransformer, data: LocateData, config: LocateConfig) -> dict[str, sm.GapCurve]:
-    return {
-        name: measure(model, prompts, data.topics.get(name, (None, None)), name == "contrastive pairs", config)
-        for name, prompts in data.sets.items()
-    }
-
-
-def measure(
-    model: HookedTransformer,
-    prompts: tuple[list[str], list[str]],
-    topics: tuple[list[str] | None, list[str] | None],
-    paired: bool,
-    config: LocateConfig,
-) -> sm.GapCurve:
-    normal_topics, malicious_topics = topics
-    return sm.gap_curve(
-        *(sm.last_token_residuals(model, part, config.template, progress=True) for part in prompts),
-        paired=paired,
-        normal_clusters=normal_topics,
-        malicious_clusters=malicious_topics,
-        r=config.r,
-        seed=config.seed,
-        bootstrap=config.bootstrap,
-        permutations=config.permutations,
-    )
+    curves = {}
+    for name, prompts in data.sets.items():
+        normal_topics, malicious_topics = data.topics.get(name, (None, None))
+        curves[name] = sm.gap_curve(
+            *(sm.last_token_residuals(model, part, config.template, progress=True) for part in prompts),
+            paired=name == "contrastive pairs",
+            normal_clusters=normal_topics,
+            malicious_clusters=malicious_topics,
+            r=config.r,
+            seed=config.seed,
+            bootstrap=config.bootstrap,
+            permutations=config.permutations,
+        )
+    return curves
 
 
 def starting_range(config: LocateConfig, own: sm.LayerRange | None, difference: sm.GapDifference | None) -> Start:
