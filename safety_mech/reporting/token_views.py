@@ -32,21 +32,14 @@ DECIMALS = 4
 
 @dataclass(frozen=True)
 class View:
-    """One CircuitsVis component with its properties. Jupyter shows it; `html` is the same, for a page of your own.
-
-    For several views on one page take `views_html`: it carries the code once.
-    """
+    """One CircuitsVis component with its properties. Jupyter shows it; a page of your own takes `views_html`."""
 
     component: str
     properties: dict[str, Any] = field(repr=False)
     caption: str
 
-    @property
-    def html(self) -> str:
-        return views_html([self])
-
     def _repr_html_(self) -> str:
-        return self.html
+        return views_html([self])
 
 
 def attention_heads_view(model: HookedTransformer, prompt: str, layer: int, template: str | Template = "own") -> View:
