@@ -16,8 +16,8 @@ from torch.utils import benchmark
 import safety_mech as sm
 from safety_mech.commands.command_line import run
 from safety_mech.commands.memory import peak_since, start_of_peak
+from safety_mech.commands.publish import publish_table
 from safety_mech.models.loading import load_transformers
-from safety_mech.reporting.runs import write_run
 from safety_mech.stats import middle_third
 from safety_mech.training.alignment import refusal_pairs
 from safety_mech.training.loop import Example, TrainConfig, encode_examples, fine_tune
@@ -56,9 +56,7 @@ def main(config: BenchConfig) -> dict[str, Measured]:
     losses = [one.first_loss for one in measured.values()]
     if max(losses) - min(losses) > SAME_LOSS:
         raise ValueError(f"first losses of {losses}: the variants do not do the same work")
-    print(table(measured))
-    folder = write_run(config.out, "bench_finetune", config.model, config=config, metrics={"measured": measured})
-    print(f"written: {folder}/")
+    publish_table("bench_finetune", config, table(measured), metrics={"measured": measured})
     return measured
 
 

@@ -19,14 +19,13 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
-from measuring import Padded, best_time, in_own_process, pad, padded_batches, projections, timed
-from torch import Tensor
+from measuring import answer_greedily, best_time, in_own_process, pad, padded_batches, projections, timed
 from transformers import PreTrainedModel
 
 import safety_mech as sm
 from safety_mech.commands.checks import check_at_least, check_model
 from safety_mech.commands.command_line import run
+from safety_mech.commands.publish import publish_table
 from safety_mech.interventions.scaling import check_alpha
 from safety_mech.layers import LayerRange
 from safety_mech.localization.range_sweep import ScaledRanges, layer_evaluations
@@ -36,7 +35,6 @@ from safety_mech.models.parameters import replaced
 from safety_mech.prompts import draw, prompt_hash
 from safety_mech.refusal.log_odds import phrases_in_use
 from safety_mech.refusal.text import JUDGED_TOKENS, refuses
-from safety_mech.reporting.runs import write_run
 
 AUTHORS_TOKENS = 16
 """The authors' script generates 16 tokens."""
@@ -100,7 +98,6 @@ def main(config: BenchConfig) -> Path:
         measured[name] = in_own_process(measure, name, config, ranges, sampled)
         print(f"{name}: the sweeps take {measured[name].sweeps / unit:.1f} plain passes", flush=True)
     text = report(measured, unit, unit_bf16, ranges, n_layers)
-    print(text)
     metrics = {
         "seconds_of_plain_pass": {"float32": unit, "bfloat16": unit_bf16},
         "measured": measured,
@@ -109,11 +106,7 @@ def main(config: BenchConfig) -> Path:
         "ranges": [str(layers) for layers in ranges],
         "prompt_hash": prompt_hash(prompts_of(config)),
     }
-    folder = write_run(
-        config.out, "bench_locate", config.model, config=config, metrics=metrics, texts={"table.txt": text + "\n"}
-    )
-    print(f"written: {folder}/ (table.txt, metrics.json, config.json)")
-    return folder
+    return publish_table("bench_locate", config, text, metrics=metrics)
 
 
 def check_config(config: BenchConfig) -> None:
@@ -150,20 +143,11 @@ def weights_scaled(model: PreTrainedModel, layers: LayerRange, alpha: float) -> 
     return replaced([(weight, weight.data * alpha) for weight in weights])
 
 
-def generate(model: Any, batch: Padded, tokens: int) -> Int[Tensor, "prompt new_pos"]:
-    """Greedy answers of a batch that is padded on the left."""
-    padded, mask = batch
-    found = model.generate(
-        padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, num_beams=1
-    )
-    return found[:, padded.shape[1] :]
-
-
 def time_authors(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
     model, tokenizer = load_transformers(config.model)
     chats = encode_chat(tokenizer, prompts_of(config), "own")
     few = [pad([chat]) for chat in chats[:: max(1, len(chats) // config.sample_prompts)][: config.sample_prompts]]
-    generate(model, few[0], AUTHORS_TOKENS)  # warm-up
+    answer_greedily(model, few[0], AUTHORS_TOKENS)  # warm-up
 
     def scaled_copy(layers: LayerRange) -> PreTrainedModel:
         changed = copy.deepcopy(model)
@@ -174,7 +158,7 @@ def time_authors(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Seq
     total = 0.0
     for layers in sampled:
         copying, changed = timed(lambda layers=layers: scaled_copy(layers))
-        answering, _ = timed(lambda changed=changed: [generate(changed, prompt, AUTHORS_TOKENS) for prompt in few])
+        answering, _ = timed(lambda changed=changed: [answer_greedily(changed, one, AUTHORS_TOKENS) for one in few])
         total += copying + answering * len(chats) / len(few)
     return scaled_up(config, total / len(sampled), len(ranges), model)
 
@@ -182,12 +166,14 @@ def time_authors(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Seq
 def time_batched(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
     model, tokenizer = load_transformers(config.model)
     chats = encode_chat(tokenizer, prompts_of(config), "own")
-    generate(model, pad(chats[:4]), JUDGED_TOKENS)  # warm-up
+    answer_greedily(model, pad(chats[:4]), JUDGED_TOKENS)  # warm-up
 
     def decisions(layers: LayerRange) -> list[bool]:
+        answers: list[list[int]] = []
         with weights_scaled(model, layers, config.alpha):
-            answers = [generate(model, batch, JUDGED_TOKENS) for batch in padded_batches(chats, config.batch_size)]
-        return [refuses(decode_answer(tokenizer, answer)) for batch in answers for answer in batch.tolist()]
+            for batch in padded_batches(chats, config.batch_size):
+                answers += answer_greedily(model, batch, JUDGED_TOKENS)[:, batch[0].shape[1] :].tolist()
+        return [refuses(decode_answer(tokenizer, answer)) for answer in answers]
 
     seconds, decided = timed(lambda: {str(layers): decisions(layers) for layers in sampled})
     return scaled_up(config, seconds / len(sampled), len(ranges), model, decided)

@@ -57,6 +57,13 @@ def padded_batches(chats: Sequence[ChatTokens], size: int) -> Iterator[Padded]:
     return (pad(chats[first : first + size]) for first in range(0, len(chats), size))
 
 
+def answer_greedily(model: Any, batch: Padded, tokens: int, **options: Any) -> Any:
+    """What transformers' `generate` returns for a batch that is padded on the left."""
+    rows, mask = batch
+    settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "num_beams": 1, **options}
+    return model.generate(rows, attention_mask=mask, **settings)
+
+
 def projections(model: Any, layers: LayerRange) -> list[nn.Linear]:
     """The paper's seven of every layer of the range, in a Llama-like model of transformers."""
     blocks = model.model.layers[layers.start : layers.end + 1]

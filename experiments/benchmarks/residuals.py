@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from measuring import best_time, in_own_process, padded_batches, timed
+from measuring import answer_greedily, best_time, in_own_process, pad, padded_batches, timed
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
@@ -34,12 +34,12 @@ import safety_mech as sm
 from safety_mech.commands.checks import check_at_least, check_model
 from safety_mech.commands.command_line import run
 from safety_mech.commands.memory import peak_since, start_of_peak
+from safety_mech.commands.publish import publish_table
 from safety_mech.models.chat import ChatTokens, check_context, encode_chat, equal_length_batches, tokenizer_of
 from safety_mech.models.conversion import restore_linear_layout
 from safety_mech.models.forward import embed, run_blocks, stack_rest, unembed_last
 from safety_mech.models.loading import load_transformers
 from safety_mech.prompts import draw, prompt_hash
-from safety_mech.reporting.runs import write_run
 
 PAIRS_OF_THE_PAPER = 3 * 500
 """Normal-normal, malicious-malicious and normal-malicious (paper §3.3)."""
@@ -100,12 +100,10 @@ def main(config: BenchConfig) -> Path:
     parts = {name: seconds / next(iter(seconds_of_parts.values())) for name, seconds in seconds_of_parts.items()}
     gap, gap_bf16 = (gap_of(measured[name].residuals, config.n_prompts) for name in ("ours", "ours-bf16"))
     text = "\n".join([table(lines), "", table_of_parts(parts), "", sentence_on_bf16(gap, gap_bf16)])
-    print(text)
-    folder = write_run(
-        config.out,
+    return publish_table(
         "bench_residuals",
-        config.model,
-        config=config,
+        config,
+        text,
         metrics={
             "methods": lines.to_dict("index"),
             "seconds": {name: m.seconds for name, m in measured.items()},
@@ -117,10 +115,7 @@ def main(config: BenchConfig) -> Path:
             "prompt_hashes": {name: prompt_hash(given) for name, given in sets.items()},
         },
         tensors={"gap": gap, "gap_bf16": gap_bf16},
-        texts={"table.txt": text + "\n"},
     )
-    print(f"written: {folder}/ (table.txt, metrics.json, config.json, tensors.safetensors)")
-    return folder
 
 
 def check_config(config: BenchConfig) -> None:
@@ -152,15 +147,7 @@ def per_pair(config: BenchConfig) -> Method:
     model, tokenizer = load_transformers(config.model)
 
     def last_states(chat: ChatTokens) -> Float[Tensor, "layer d_model"]:
-        output: Any = model.generate(
-            chat.tokens[None],
-            attention_mask=torch.ones_like(chat.tokens[None]),
-            max_new_tokens=1,
-            do_sample=False,
-            output_hidden_states=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,
-        )
+        output = answer_greedily(model, pad([chat]), 1, output_hidden_states=True, return_dict_in_generate=True)
         return torch.stack([state[0, -1] for state in output.hidden_states[0][1:]])
 
     return lambda prompts: torch.stack([last_states(chat) for chat in encode_chat(tokenizer, prompts, config.template)])

@@ -13,7 +13,6 @@ from safety_mech.attention.question import question_attention
 from safety_mech.commands.locate import LocateConfig, LocateData, PromptSets
 from safety_mech.models.sources import model_fingerprint
 from safety_mech.prompts import draw, prompt_hash
-from safety_mech.reporting.html import Example
 from safety_mech.reporting.locate_report import LocateResult, locate_report, scaling_examples
 from safety_mech.reporting.plots import plot_alpha, plot_attention, plot_contrastive_pair
 from safety_mech.reporting.runs import write_run
@@ -25,16 +24,22 @@ SHOWN = 3
 
 def write_locate_run(model: HookedTransformer, data: LocateData, result: LocateResult, config: LocateConfig) -> Path:
     found, over_rejection = result.found, data.over_rejection.prompts if data.over_rejection else []
-    layers = found.range if found and found.range else result.start.range
+    layers = found.range if found and found.range else result.start.range  # what examples and pictures are of
     figures = figures_of(result, config)
     figures["attention"] = attention_figure(model, data.sets, layers, config)
     shown = [*over_rejection[:SHOWN], *draw(config.malicious, SHOWN, config.seed).prompts]
-    prompt_sets = named_sets(data.sets, over_rejection)
+    examples = []
+    if found and found.alpha and layers:
+        examples = scaling_examples(model, shown, layers, found.alpha.alpha, config.recipe, config.template)
+    prompt_sets: dict[str, list[str]] = {}
+    for name, (normal, malicious) in data.sets.items():
+        prompt_sets |= {f"{name} normal": normal, f"{name} malicious": malicious}
+    prompt_sets["over_rejection"] = over_rejection
     report = locate_report(
         config,
         result,
         figures=figures,
-        examples=examples(model, shown, layers, found, config),
+        examples=examples,
         views=views(model, shown, layers, config),
         prompt_sets=prompt_sets,
     )
@@ -88,19 +93,6 @@ def attention_figure(
     return plot_attention(attention, layers)
 
 
-def examples(
-    model: HookedTransformer,
-    prompts: list[str],
-    layers: sm.LayerRange | None,
-    found: sm.SafetyLayers | None,
-    config: LocateConfig,
-) -> list[Example]:
-    """Answers before and while the located range is scaled (where none is, the range that the search started from)."""
-    if found is None or found.alpha is None or layers is None:
-        return []
-    return scaling_examples(model, prompts, layers, found.alpha.alpha, config.recipe, config.template)
-
-
 def views(
     model: HookedTransformer, prompts: list[str], layers: sm.LayerRange | None, config: LocateConfig
 ) -> list[View]:
@@ -109,12 +101,6 @@ def views(
     if layers is None:
         return found
     return [*found, attention_heads_view(model, prompts[-1], int(layers.centre), config.template)]
-
-
-def named_sets(sets: PromptSets, over_rejection: list[str]) -> dict[str, list[str]]:
-    kinds = ("normal", "malicious")
-    found = {f"{name} {kind}": p for name in sets for kind, p in zip(kinds, sets[name], strict=True)}
-    return found | {"over_rejection": over_rejection}
 
 
 def tensors_of(result: LocateResult) -> dict[str, Tensor]:

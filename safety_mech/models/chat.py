@@ -13,7 +13,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import groupby, takewhile
 from typing import Any
@@ -54,10 +54,11 @@ class Template:
         return lead + answer
 
 
-# The format is Stanford Alpaca's convention; the description is in our own words.
-_TASK = "The following instruction describes a task. Write a response that completes it well.\n\n"
-# The short one is for pictures of attention over the question (docs/method.md#attention-stages).
-ALPACA, ALPACA_SHORT = (Template(f"{task}### Instruction:\n", "\n\n### Response:\n") for task in (_TASK, ""))
+# The format is Stanford Alpaca's convention. The short one is for pictures of attention over the question
+# (docs/method.md#attention-stages); the other's description of the task is in our own words.
+ALPACA_SHORT = Template("### Instruction:\n", "\n\n### Response:\n")
+_TASK = "The following instruction describes a task. Write a response that completes it well."
+ALPACA = replace(ALPACA_SHORT, before=f"{_TASK}\n\n{ALPACA_SHORT.before}")
 PLAIN_TEMPLATES = {"alpaca": ALPACA, "alpaca_short": ALPACA_SHORT}
 
 
