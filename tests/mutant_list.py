@@ -96,7 +96,7 @@ MUTANTS = (
     Mutant("question_starts_early", "chat.py", "bound", "if end > first and start < last", "if end >= first"),
     Mutant("prefix_takes_all", "chat.py", "bound", "min(len(chat) for chat in chats) - 1", "min(map(len, chats))"),
     Mutant("second_bos", "chat.py", "sign", "ids[:1] != [bos] and", "ids[:1] == [bos] and", "chat conversion"),
-    Mutant("shortest_first", "chat.py", "order", "sorted(by_length, reverse=True)", "sorted(by_length)"),
+    Mutant("shortest_first", "chat.py", "order", "key=lengths.__getitem__, reverse=True)", "key=lengths.__getitem__)"),
     Mutant("context_full", "chat.py", "bound", "len(chat) + new_tokens > n_ctx", "len(chat) + new_tokens >= n_ctx"),
     Mutant(
         "attention_scale", "conversion.py", "threshold", "cfg.attn_scale = head**0.5", "cfg.attn_scale = head**0.25"
@@ -649,8 +649,8 @@ MUTANTS = (
         "attacks sppft_command",
     ),
     # reporting
-    Mutant("mark_at_start", "grid.py", "axis", "LEFT + layers.end * CELL", "LEFT + layers.start * CELL", "html"),
-    Mutant("grid_upside_down", "grid.py", "sign", "4 + (n_layers - 1 - start)", "4 + start", "html"),
+    Mutant("mark_at_start", "grid.html", "axis", "left + layers.end * cell", "left + layers.start * cell", "html"),
+    Mutant("grid_upside_down", "grid.html", "sign", "lowest - layers.start * cell", "4 + layers.start * cell", "html"),
     Mutant(
         "grid_without_diagonal",
         "grid.py",
@@ -750,8 +750,8 @@ MUTANTS = (
         "pairs_measured_apart",
         "locate_run.py",
         "sign",
-        'name == "contrastive pairs", config)',
-        'name != "contrastive pairs", config)',
+        'paired=name == "contrastive pairs",',
+        'paired=name != "contrastive pairs",',
         "locate_command",
     ),
     Mutant(
@@ -892,7 +892,7 @@ MUTANTS = (
         "first_token_masked",
         "experiments/benchmarks/measuring.py",
         "bound",
-        "torch.ones_like(chat.tokens)",
-        "torch.ones_like(chat.tokens[1:])",
+        "torch.ones_like(row.tokens)",
+        "torch.ones_like(row.tokens[1:])",
     ),
 )

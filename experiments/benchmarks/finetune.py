@@ -9,15 +9,15 @@ from dataclasses import dataclass
 
 import pandas as pd
 import torch
-from measuring import in_own_process
+from measuring import in_own_process, pad, projections
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import benchmark
 
 import safety_mech as sm
 from safety_mech.commands.command_line import run
 from safety_mech.commands.memory import peak_since, start_of_peak
+from safety_mech.commands.publish import publish_table
 from safety_mech.models.loading import load_transformers
-from safety_mech.reporting.runs import write_run
 from safety_mech.stats import middle_third
 from safety_mech.training.alignment import refusal_pairs
 from safety_mech.training.loop import Example, TrainConfig, encode_examples, fine_tune
@@ -56,23 +56,27 @@ def main(config: BenchConfig) -> dict[str, Measured]:
     losses = [one.first_loss for one in measured.values()]
     if max(losses) - min(losses) > SAME_LOSS:
         raise ValueError(f"first losses of {losses}: the variants do not do the same work")
-    print(table(measured))
-    folder = write_run(config.out, "bench_finetune", config.model, config=config, metrics={"measured": measured})
-    print(f"written: {folder}/")
+    publish_table("bench_finetune", config, table(measured), metrics={"measured": measured})
     return measured
 
 
 def measure(variant: str, config: BenchConfig) -> Measured:
+    """The first step is the warm-up."""
     pairs = refusal_pairs(sm.load_prompts("malicious:train"), config.seed)
     pairs = pairs[: (config.steps + 1) * config.batch_size]
     settings = TrainConfig(
         epochs=1, batch_size=config.batch_size, learning_rate=1e-5, bfloat16=config.bfloat16, seed=config.seed
     )
     work = ours if variant.startswith("ours") else with_transformers
-    return work(config, settings, pairs, frozen=variant.endswith("frozen"))
+    ended, peak, first_loss = work(config, settings, pairs, frozen=variant.endswith("frozen"))
+    return Measured((ended[-1] - ended[0]) / (len(ended) - 1), peak and peak / 2**20, first_loss)
 
 
-def ours(config: BenchConfig, settings: TrainConfig, pairs: list[tuple[str, str]], frozen: bool) -> Measured:
+Steps = tuple[list[float], int | None, float]
+"""When each step ended, peak bytes, and the loss of the first."""
+
+
+def ours(config: BenchConfig, settings: TrainConfig, pairs: list[tuple[str, str]], frozen: bool) -> Steps:
     model = sm.load_model(config.model)
     layers = middle_third(model.cfg.n_layers) if frozen else None
     ended: list[float] = []
@@ -86,7 +90,7 @@ def ours(config: BenchConfig, settings: TrainConfig, pairs: list[tuple[str, str]
         after_step=lambda _: ended.append(benchmark.timer()),
         progress=False,
     )
-    return measured_steps(ended, peak_since(before), record.steps[0].loss)
+    return ended, peak_since(before), record.steps[0].loss
 
 
 def in_order(examples: Sequence[Example], config: TrainConfig) -> list[list[int]]:
@@ -94,28 +98,22 @@ def in_order(examples: Sequence[Example], config: TrainConfig) -> list[list[int]
     return [batch.tolist() for batch in torch.arange(len(examples)).split(config.batch_size)]
 
 
-def with_transformers(
-    config: BenchConfig, settings: TrainConfig, pairs: list[tuple[str, str]], frozen: bool
-) -> Measured:
+def with_transformers(config: BenchConfig, settings: TrainConfig, pairs: list[tuple[str, str]], frozen: bool) -> Steps:
     """A plain loop: right padding, labels on the answer, AdamW; embeddings fixed, as in ours."""
-    hooked = sm.load_model(config.model)
-    examples = encode_examples(hooked, pairs, settings)
-    del hooked
+    examples = encode_examples(sm.load_model(config.model), pairs, settings)
     model, _ = load_transformers(config.model)
-    third = middle_third(model.config.num_hidden_layers)
-    for name, parameter in model.named_parameters():
-        layer = int(name.split(".")[2]) if ".layers." in name else None
-        is_frozen = frozen and layer is not None and layer in third and "proj" in name
-        parameter.requires_grad_(not is_frozen and "embed" not in name and "lm_head" not in name)
+    model.requires_grad_(True)
+    third = projections(model, middle_third(model.config.num_hidden_layers))
+    for module in (model.get_input_embeddings(), model.get_output_embeddings(), *(third if frozen else ())):
+        module.requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-7, weight_decay=0.0)
     model.train()
     ended, losses, before = [], [], start_of_peak()
     for first in range(0, len(examples), config.batch_size):
         batch = examples[first : first + config.batch_size]
-        tokens = pad_sequence([example.tokens for example in batch], batch_first=True)
+        tokens, mask = pad(batch, "right")
         marks = pad_sequence([example.loss for example in batch], batch_first=True)
-        mask = pad_sequence([torch.ones_like(example.tokens) for example in batch], batch_first=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
             loss = model(tokens, attention_mask=mask, labels=tokens.masked_fill(~marks, -100)).loss
         loss.backward()
@@ -124,12 +122,7 @@ def with_transformers(
         optimizer.zero_grad(set_to_none=True)
         ended.append(benchmark.timer())
         losses.append(loss.item())
-    return measured_steps(ended, peak_since(before), losses[0])
-
-
-def measured_steps(ended: list[float], peak: int | None, first_loss: float) -> Measured:
-    """The first step is the warm-up."""
-    return Measured((ended[-1] - ended[0]) / (len(ended) - 1), peak and peak / 2**20, first_loss)
+    return ended, peak_since(before), losses[0]
 
 
 def table(measured: dict[str, Measured]) -> str:

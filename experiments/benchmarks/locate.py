@@ -4,38 +4,37 @@ The same model, prompts and ranges in one run; every method runs in a process of
 are this machine's. Methods:
 
 - authors: a copied model whose weights are multiplied, one prompt at a time, 16 greedy tokens (a sample, scaled up)
-- batched: weights multiplied in place and put back, padded batches, 10 greedy tokens (a sample, scaled up)
+- batched: weights multiplied and put back, padded batches, 10 greedy tokens (a sample, scaled up)
 - text: ours, R_o from generated text, the `weights` recipe (`ScaledRanges.refuses`)
 - log-odds: ours, without generation (`ScaledRanges.log_odds`); in float32 and in bfloat16
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
-from measuring import Padded, best_time, check_at_least_one, in_own_process, pad_left, padded_batches, timed
-from torch import Tensor, nn
-from transformer_lens import HookedTransformer
+from measuring import answer_greedily, best_time, in_own_process, pad, padded_batches, projections, timed
 from transformers import PreTrainedModel
 
 import safety_mech as sm
+from safety_mech.commands.checks import check_at_least, check_model
 from safety_mech.commands.command_line import run
+from safety_mech.commands.publish import publish_table
 from safety_mech.interventions.scaling import check_alpha
 from safety_mech.layers import LayerRange
 from safety_mech.localization.range_sweep import ScaledRanges, layer_evaluations
 from safety_mech.models.chat import decode_answer, encode_chat
 from safety_mech.models.loading import load_transformers
-from safety_mech.models.sources import find_source
+from safety_mech.models.parameters import replaced
 from safety_mech.prompts import draw, prompt_hash
-from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrases_in_use
+from safety_mech.refusal.log_odds import phrases_in_use
 from safety_mech.refusal.text import JUDGED_TOKENS, refuses
-from safety_mech.reporting.runs import check_writable, write_run
 
 AUTHORS_TOKENS = 16
 """The authors' script generates 16 tokens."""
@@ -94,12 +93,11 @@ def main(config: BenchConfig) -> Path:
     if difference > SAME_LOGITS:
         raise ValueError(f"the methods' logits differ by {difference:.1e}: expected at most {SAME_LOGITS}")
     measured: dict[str, Timed] = {}
-    for name, method in METHODS.items():
+    for name in METHODS:
         print(f"measuring {name} ...", flush=True)
-        measured[name] = in_own_process(method, config, ranges, sampled)
+        measured[name] = in_own_process(measure, name, config, ranges, sampled)
         print(f"{name}: the sweeps take {measured[name].sweeps / unit:.1f} plain passes", flush=True)
     text = report(measured, unit, unit_bf16, ranges, n_layers)
-    print(text)
     metrics = {
         "seconds_of_plain_pass": {"float32": unit, "bfloat16": unit_bf16},
         "measured": measured,
@@ -108,19 +106,15 @@ def main(config: BenchConfig) -> Path:
         "ranges": [str(layers) for layers in ranges],
         "prompt_hash": prompt_hash(prompts_of(config)),
     }
-    folder = write_run(
-        config.out, "bench_locate", config.model, config=config, metrics=metrics, texts={"table.txt": text + "\n"}
-    )
-    print(f"written: {folder}/ (table.txt, metrics.json, config.json)")
-    return folder
+    return publish_table("bench_locate", config, text, metrics=metrics)
 
 
 def check_config(config: BenchConfig) -> None:
-    check_at_least_one(config, "window n_prompts batch_size sample_ranges sample_prompts repeats")
+    counts = ("window", "n_prompts", "batch_size", "sample_ranges", "sample_prompts", "repeats")
+    check_at_least(1, **{name: getattr(config, name) for name in counts})
     LayerRange.parse(config.initial)
     check_alpha(config.alpha)
-    find_source(config.model)
-    check_writable(config.out)
+    check_model(model=config.model, out=config.out)
 
 
 def ranges_of_sweeps(config: BenchConfig, n_layers: int) -> list[LayerRange]:
@@ -143,58 +137,28 @@ def prompts_of(config: BenchConfig) -> list[str]:
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
-def scale_weights(model: PreTrainedModel, layers: LayerRange, alpha: float) -> None:
-    """Multiply the paper's projection weights of these layers, in place."""
-    for module in projections(model, layers):
-        module.weight.data.mul_(alpha)
-
-
-def projections(model: Any, layers: LayerRange) -> list[nn.Linear]:
-    """The paper's seven of every layer of the range (Llama's names)."""
-    return [
-        getattr(part, name)
-        for block in model.model.layers[layers.start : layers.end + 1]
-        for part, names in ((block.self_attn, "qkvo"), (block.mlp, ("gate", "up", "down")))
-        for name in (f"{letter}_proj" for letter in names)
-    ]
-
-
-@contextmanager
-def weights_scaled_in_place(model: PreTrainedModel, layers: LayerRange, alpha: float) -> Iterator[None]:
-    changed = projections(model, layers)
-    before = [module.weight.data.clone() for module in changed]
-    scale_weights(model, layers, alpha)
-    try:
-        yield
-    finally:
-        for module, weight in zip(changed, before, strict=True):
-            module.weight.data.copy_(weight)
-
-
-def generate(model: Any, batch: Padded, tokens: int) -> Int[Tensor, "prompt new_pos"]:
-    """Greedy answers of a batch that is padded on the left."""
-    padded, mask = batch
-    found = model.generate(
-        padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0, num_beams=1
-    )
-    return found[:, padded.shape[1] :]
+def weights_scaled(model: PreTrainedModel, layers: LayerRange, alpha: float) -> AbstractContextManager[None]:
+    """The paper's projection weights of these layers, multiplied while inside."""
+    weights = [module.get_parameter("weight") for module in projections(model, layers)]
+    return replaced([(weight, weight.data * alpha) for weight in weights])
 
 
 def time_authors(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
     model, tokenizer = load_transformers(config.model)
     chats = encode_chat(tokenizer, prompts_of(config), "own")
-    few = [pad_left([chat]) for chat in chats[:: max(1, len(chats) // config.sample_prompts)][: config.sample_prompts]]
-    generate(model, few[0], AUTHORS_TOKENS)  # warm-up
+    few = [pad([chat]) for chat in chats[:: max(1, len(chats) // config.sample_prompts)][: config.sample_prompts]]
+    answer_greedily(model, few[0], AUTHORS_TOKENS)  # warm-up
 
     def scaled_copy(layers: LayerRange) -> PreTrainedModel:
         changed = copy.deepcopy(model)
-        scale_weights(changed, layers, config.alpha)
+        for module in projections(changed, layers):
+            module.weight.data.mul_(config.alpha)
         return changed
 
     total = 0.0
     for layers in sampled:
         copying, changed = timed(lambda layers=layers: scaled_copy(layers))
-        answering, _ = timed(lambda changed=changed: [generate(changed, prompt, AUTHORS_TOKENS) for prompt in few])
+        answering, _ = timed(lambda changed=changed: [answer_greedily(changed, one, AUTHORS_TOKENS) for one in few])
         total += copying + answering * len(chats) / len(few)
     return scaled_up(config, total / len(sampled), len(ranges), model)
 
@@ -202,12 +166,14 @@ def time_authors(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Seq
 def time_batched(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
     model, tokenizer = load_transformers(config.model)
     chats = encode_chat(tokenizer, prompts_of(config), "own")
-    generate(model, pad_left(chats[:4]), JUDGED_TOKENS)  # warm-up
+    answer_greedily(model, pad(chats[:4]), JUDGED_TOKENS)  # warm-up
 
     def decisions(layers: LayerRange) -> list[bool]:
-        with weights_scaled_in_place(model, layers, config.alpha):
-            answers = [generate(model, batch, JUDGED_TOKENS) for batch in padded_batches(chats, config.batch_size)]
-        return [refuses(decode_answer(tokenizer, answer)) for batch in answers for answer in batch.tolist()]
+        answers: list[list[int]] = []
+        with weights_scaled(model, layers, config.alpha):
+            for batch in padded_batches(chats, config.batch_size):
+                answers += answer_greedily(model, batch, JUDGED_TOKENS)[:, batch[0].shape[1] :].tolist()
+        return [refuses(decode_answer(tokenizer, answer)) for answer in answers]
 
     seconds, decided = timed(lambda: {str(layers): decisions(layers) for layers in sampled})
     return scaled_up(config, seconds / len(sampled), len(ranges), model, decided)
@@ -237,55 +203,32 @@ def time_plain_pass(config: BenchConfig, dtype: str) -> tuple[float, int]:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def time_text(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
-    model = sm.load_model(config.model, "cpu")
-    sm.generate(model, prompts_of(config)[:4], JUDGED_TOKENS)  # warm-up
-
-    def measure(part: Sequence[LayerRange]) -> ScaledRanges:
-        return measured_anew(config, model, "refuses", part)
-
-    seconds, engine = timed(lambda: measure(ranges))
-    decisions = {str(layers): engine.refuses(layers).tolist() for layers in sampled}
-    grid = time_grid(measure, engine.n_layers, GRID_ROWS)[0] if config.grid else None
-    return Timed(seconds, grid, decisions=decisions)
-
-
-def time_log_odds(
+def time_ours(
     config: BenchConfig,
     ranges: Sequence[LayerRange],
     sampled: Sequence[LayerRange],
+    *,
+    text: bool = False,
     dtype: str = "float32",
     every: int = 1,
 ) -> Timed:
+    """By log-odds, or by `text`; of the grid `every` so many rows."""
     model = sm.load_model(config.model, "cpu", dtype)
-    phrases = phrases_in_use(model, sm.load_prompts("malicious:test")[:32])
+    phrases = phrases_in_use(model, sm.load_prompts("malicious:test")[:32])  # the warm-up, too
 
-    def measure(part: Sequence[LayerRange]) -> ScaledRanges:
-        return measured_anew(config, model, "log_odds", part, phrases)
+    def measured_anew(part: Sequence[LayerRange]) -> ScaledRanges:
+        """A new engine, which has measured these ranges: an old one would look them up."""
+        engine = ScaledRanges(model, prompts_of(config), config.alpha, "weights", phrases=phrases)
+        for layers in part:
+            (engine.refuses if text else engine.log_odds)(layers)
+        return engine
 
-    seconds, engine = timed(lambda: measure(ranges))
+    seconds, engine = timed(lambda: measured_anew(ranges))
+    decisions = {str(layers): engine.refuses(layers).tolist() for layers in sampled} if text else None
     if not config.grid:
-        return Timed(seconds, evaluations=engine.evaluations)
-    grid, whole = time_grid(measure, engine.n_layers, every)
-    return Timed(seconds, grid, engine.evaluations, whole.evaluations)
-
-
-def time_log_odds_bf16(*arguments: Any) -> Timed:
-    return time_log_odds(*arguments, dtype="bfloat16", every=GRID_ROWS)
-
-
-def measured_anew(
-    config: BenchConfig,
-    model: HookedTransformer,
-    measure: str,
-    ranges: Sequence[LayerRange],
-    phrases: Sequence[str] = REFUSAL_PHRASES,
-) -> ScaledRanges:
-    """A new engine, which has measured these ranges: an old one would look them up."""
-    engine = ScaledRanges(model, prompts_of(config), config.alpha, "weights", phrases=phrases)
-    for layers in ranges:
-        getattr(engine, measure)(layers)
-    return engine
+        return Timed(seconds, None, engine.evaluations, None, decisions)
+    grid, whole = time_grid(measured_anew, engine.n_layers, every)
+    return Timed(seconds, grid, engine.evaluations, whole.evaluations, decisions)
 
 
 def time_grid(
@@ -306,10 +249,14 @@ def all_ranges(n_layers: int) -> list[LayerRange]:
 METHODS: dict[str, Callable[..., Timed]] = {
     "authors": time_authors,
     "batched": time_batched,
-    "text": time_text,
-    "log-odds": time_log_odds,
-    "log-odds bf16": time_log_odds_bf16,
+    "text": partial(time_ours, text=True, every=GRID_ROWS),
+    "log-odds": time_ours,
+    "log-odds bf16": partial(time_ours, dtype="bfloat16", every=GRID_ROWS),
 }
+
+
+def measure(name: str, config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequence[LayerRange]) -> Timed:
+    return METHODS[name](config, ranges, sampled)
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------
@@ -320,25 +267,19 @@ def largest_logit_difference(config: BenchConfig, layers: LayerRange) -> float:
     reference, tokenizer = load_transformers(config.model)
     model = sm.load_model(config.model, "cpu")
     chats = encode_chat(tokenizer, prompts_of(config)[:8], "own")
-    worst = 0.0
-    with torch.no_grad(), weights_scaled_in_place(reference, layers, config.alpha):
-        for chat in chats:
-            wanted = reference(chat.tokens[None]).logits[0, -1]
-            with sm.scaled(model, layers, config.alpha, "weights"):
-                found = model(chat.tokens[None])[0, -1]
-            worst = max(worst, float((found - wanted).abs().max()))
-    return worst
+    with (
+        torch.no_grad(),
+        weights_scaled(reference, layers, config.alpha),
+        sm.scaled(model, layers, config.alpha, "weights"),
+    ):
+        differences = [model(c.tokens[None])[0, -1] - reference(c.tokens[None]).logits[0, -1] for c in chats]
+    return float(torch.stack(differences).abs().max())
 
 
 def agreement(measured: dict[str, Timed]) -> dict[str, float]:
     """By sampled range: the share of prompts on which batched transformers and our text decide alike."""
-    theirs, ours = measured["batched"].decisions, measured["text"].decisions
-    assert theirs is not None
-    assert ours is not None
-    return {
-        layers: sum(a == b for a, b in zip(theirs[layers], ours[layers], strict=True)) / len(theirs[layers])
-        for layers in theirs
-    }
+    theirs, ours = (pd.DataFrame(measured[name].decisions) for name in ("batched", "text"))
+    return (theirs == ours).mean().to_dict()
 
 
 def report(
@@ -353,8 +294,8 @@ def report(
         f"a plain bfloat16 pass takes {unit_bf16 / unit:.2f} of a float32 one",
         f"batched and text decide alike: {shares}",
     ]
-    counted = measured["log-odds"].evaluations, measured["log-odds"].grid_evaluations
-    for what, given, count in zip(("sweeps", "grid"), (ranges, cells), counted, strict=True):
+    ours = measured["log-odds"]
+    for what, given, count in (("sweeps", ranges, ours.evaluations), ("grid", cells, ours.grid_evaluations)):
         if count is not None:
             cost = layer_evaluations(given, n_layers)
             lines.append(

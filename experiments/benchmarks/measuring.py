@@ -1,4 +1,4 @@
-"""What the benchmarks share: a process for each method, timing, and padded batches."""
+"""What the benchmarks share: a process for each method, timing, padded batches, the weights that are scaled."""
 
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -8,11 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils import benchmark
 
+from safety_mech.layers import LayerRange
 from safety_mech.models.chat import ChatTokens
+from safety_mech.models.parameters import PROJECTIONS
+from safety_mech.training.loop import Example
 
 Returned = TypeVar("Returned")
 Padded = tuple[Int[Tensor, "prompt pos"], Int[Tensor, "prompt pos"]]
@@ -43,21 +46,25 @@ def best_time(call: Callable[[], object], repeats: int) -> float:
     return min(timer.timeit(1).mean for _ in range(repeats))
 
 
-def pad_left(chats: Sequence[ChatTokens]) -> Padded:
+def pad(rows: Sequence[ChatTokens | Example], side: str = "left") -> Padded:
     """A batch for transformers."""
-    rows = [chat.tokens for chat in chats]
-    masks = [torch.ones_like(chat.tokens) for chat in chats]
-    tokens, mask = (pad_sequence(side, batch_first=True, padding_side="left") for side in (rows, masks))
-    return tokens, mask
+    tokens = pad_sequence([row.tokens for row in rows], True, padding_side=side)
+    return tokens, pad_sequence([torch.ones_like(row.tokens) for row in rows], True, padding_side=side)
 
 
 def padded_batches(chats: Sequence[ChatTokens], size: int) -> Iterator[Padded]:
     """Batches in the given order, padded on the left."""
-    return (pad_left(chats[first : first + size]) for first in range(0, len(chats), size))
+    return (pad(chats[first : first + size]) for first in range(0, len(chats), size))
 
 
-def check_at_least_one(config: object, names: str) -> None:
-    """Raise ValueError for the first of these settings that is below 1."""
-    for name in names.split():
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} = {getattr(config, name)}: expected at least 1")
+def answer_greedily(model: Any, batch: Padded, tokens: int, **options: Any) -> Any:
+    """What transformers' `generate` returns for a batch that is padded on the left."""
+    rows, mask = batch
+    settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "num_beams": 1, **options}
+    return model.generate(rows, attention_mask=mask, **settings)
+
+
+def projections(model: Any, layers: LayerRange) -> list[nn.Linear]:
+    """The paper's seven of every layer of the range, in a Llama-like model of transformers."""
+    blocks = model.model.layers[layers.start : layers.end + 1]
+    return [block.get_submodule(projection.module) for block in blocks for projection in PROJECTIONS]

@@ -12,8 +12,8 @@ One run measures, on one model and the same prompts (docs/method.md#prefix-shari
 
 Each method has a process of its own, is warmed up, and repeated: the best time counts, loading does not. Results
 are ratios; a machine's seconds are in metrics.json. Memory is the process's peak resident memory above what it
-held before the run (Linux; elsewhere it is left out). How far each method's numbers are from ours is printed
-too: a method that computes something else would be no rival.
+held before the run (Linux only). How far each method's numbers are from ours is printed too: a method that computes
+something else would be no rival.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,21 +25,21 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from measuring import best_time, check_at_least_one, in_own_process, padded_batches, timed
+from measuring import answer_greedily, best_time, in_own_process, pad, padded_batches, timed
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedModel
 
 import safety_mech as sm
+from safety_mech.commands.checks import check_at_least, check_model
 from safety_mech.commands.command_line import run
 from safety_mech.commands.memory import peak_since, start_of_peak
-from safety_mech.models.chat import ChatTokens, check_context, encode_chat, equal_length_batches
+from safety_mech.commands.publish import publish_table
+from safety_mech.models.chat import ChatTokens, check_context, encode_chat, equal_length_batches, tokenizer_of
 from safety_mech.models.conversion import restore_linear_layout
 from safety_mech.models.forward import embed, run_blocks, stack_rest, unembed_last
 from safety_mech.models.loading import load_transformers
-from safety_mech.models.sources import find_source
 from safety_mech.prompts import draw, prompt_hash
-from safety_mech.reporting.runs import check_writable, write_run
 
 PAIRS_OF_THE_PAPER = 3 * 500
 """Normal-normal, malicious-malicious and normal-malicious (paper §3.3)."""
@@ -76,20 +76,12 @@ class BenchConfig:
 class Measurement:
     """One method: seconds and peak bytes (None where not measured) of each repeat, and what it computed.
 
-    `array` is the residual streams as numpy, which goes from process to process without shared memory.
+    `residuals` are numpy's, which go from process to process without shared memory.
     """
 
     seconds: list[float]
     peak_bytes: list[int | None]
-    array: np.ndarray
-
-    @property
-    def residuals(self) -> Residuals:
-        return torch.from_numpy(self.array)
-
-    @property
-    def peak(self) -> int | None:
-        return max((peak for peak in self.peak_bytes if peak is not None), default=None)
+    residuals: Float[np.ndarray, "prompt layer d_model"]
 
 
 def main(config: BenchConfig) -> Path:
@@ -108,12 +100,10 @@ def main(config: BenchConfig) -> Path:
     parts = {name: seconds / next(iter(seconds_of_parts.values())) for name, seconds in seconds_of_parts.items()}
     gap, gap_bf16 = (gap_of(measured[name].residuals, config.n_prompts) for name in ("ours", "ours-bf16"))
     text = "\n".join([table(lines), "", table_of_parts(parts), "", sentence_on_bf16(gap, gap_bf16)])
-    print(text)
-    folder = write_run(
-        config.out,
+    return publish_table(
         "bench_residuals",
-        config.model,
-        config=config,
+        config,
+        text,
         metrics={
             "methods": lines.to_dict("index"),
             "seconds": {name: m.seconds for name, m in measured.items()},
@@ -125,19 +115,15 @@ def main(config: BenchConfig) -> Path:
             "prompt_hashes": {name: prompt_hash(given) for name, given in sets.items()},
         },
         tensors={"gap": gap, "gap_bf16": gap_bf16},
-        texts={"table.txt": text + "\n"},
     )
-    print(f"written: {folder}/ (table.txt, metrics.json, config.json, tensors.safetensors)")
-    return folder
 
 
 def check_config(config: BenchConfig) -> None:
     most = min(len(sm.load_prompts(name, "test")) for name in ("normal", "malicious"))
     if not 3 <= config.n_prompts <= most:
         raise ValueError(f"n_prompts = {config.n_prompts}: expected 3 to {most}, the size of the shipped test sets")
-    check_at_least_one(config, "sample_pairs batch_size repeats")
-    find_source(config.model)
-    check_writable(config.out)
+    check_at_least(1, sample_pairs=config.sample_pairs, batch_size=config.batch_size, repeats=config.repeats)
+    check_model(model=config.model, template=config.template, out=config.out)
 
 
 def sample_pairs(n: int, count: int, seed: int) -> list[tuple[int, int]]:
@@ -161,15 +147,7 @@ def per_pair(config: BenchConfig) -> Method:
     model, tokenizer = load_transformers(config.model)
 
     def last_states(chat: ChatTokens) -> Float[Tensor, "layer d_model"]:
-        output: Any = model.generate(
-            chat.tokens[None],
-            attention_mask=torch.ones_like(chat.tokens[None]),
-            max_new_tokens=1,
-            do_sample=False,
-            output_hidden_states=True,
-            return_dict_in_generate=True,
-            pad_token_id=0,
-        )
+        output = answer_greedily(model, pad([chat]), 1, output_hidden_states=True, return_dict_in_generate=True)
         return torch.stack([state[0, -1] for state in output.hidden_states[0][1:]])
 
     return lambda prompts: torch.stack([last_states(chat) for chat in encode_chat(tokenizer, prompts, config.template)])
@@ -198,12 +176,11 @@ def _last_states(
 def run_with_cache(config: BenchConfig) -> Method:
     """TransformerLens as it comes: everything is cached, the last token's residual streams are picked out."""
     model = sm.load_model(config.model, "cpu")
-    tokenizer: Any = model.tokenizer
     lay_out_as_transformer_lens(model)
 
     @torch.no_grad()
     def run_all(prompts: Sequence[str]) -> Residuals:
-        chats = encode_chat(tokenizer, prompts, config.template)
+        chats = encode_chat(tokenizer_of(model), prompts, config.template)
         last = torch.empty(len(chats), model.cfg.n_layers, model.cfg.d_model)
         lengths = [len(chat) for chat in chats]
         for rows in equal_length_batches(lengths, config.batch_size * max(lengths)):
@@ -264,17 +241,16 @@ def time_parts(config: BenchConfig, prompts: Sequence[str]) -> dict[str, float]:
     The batch is `batch_size` prompts, cut to the shortest: only its shape matters here.
     """
     model = sm.load_model(config.model, "cpu")
-    tokenizer: Any = model.tokenizer
-    chats = encode_chat(tokenizer, prompts[: config.batch_size], config.template)
+    chats = encode_chat(tokenizer_of(model), prompts[: config.batch_size], config.template)
     check_context(chats, model.cfg.n_ctx)
     tokens = torch.stack([chat.tokens[: min(map(len, chats))] for chat in chats])
-    parts: dict[str, Callable[[], Tensor]] = {
+    parts = {
         "all logits": lambda: model(tokens),
         "last logits": lambda: unembed_last(model, run_blocks(model, embed(model, tokens))),
         "no logits": lambda: run_blocks(model, embed(model, tokens)),
     }
     layouts = {"TransformerLens layout": lay_out_as_transformer_lens, "restored layout": restore_linear_layout}
-    best: dict[str, float] = {}
+    best = {}
     with torch.no_grad():
         for layout, lay_out in layouts.items():
             lay_out(model)
@@ -289,12 +265,11 @@ def time_parts(config: BenchConfig, prompts: Sequence[str]) -> dict[str, float]:
 def compare(measured: dict[str, Measurement], pairs: Sequence[tuple[int, int]]) -> pd.DataFrame:
     """Times relative to `batched` and to `pairs` scaled to 3 x 500, peaks relative to `batched`, and how far each
     method's numbers are from ours (relative). One row a method."""
-    seconds = pd.Series({name: min(m.seconds) for name, m in measured.items()})
+    seconds = pd.DataFrame({name: m.seconds for name, m in measured.items()}).min()
     seconds["pairs"] *= PAIRS_OF_THE_PAPER / len(pairs)
-    peak = pd.Series({name: m.peak for name, m in measured.items()}, dtype=float)
-    reference = measured["ours"].residuals
-    in_pairs = [index for pair in pairs for index in pair]
-    expected = {name: reference[in_pairs] if name == "pairs" else reference for name in measured}
+    peak = pd.DataFrame({name: m.peak_bytes for name, m in measured.items()}, dtype=float).max()
+    expected = dict.fromkeys(measured, measured["ours"].residuals)
+    expected["pairs"] = expected["pairs"][[index for pair in pairs for index in pair]]
     columns = {
         "time_of_batched": seconds / seconds["batched"],
         "faster_than_pairs": seconds["pairs"] / seconds,
@@ -305,18 +280,19 @@ def compare(measured: dict[str, Measurement], pairs: Sequence[tuple[int, int]]) 
     return pd.DataFrame(columns)
 
 
-def largest_difference(residuals: Residuals, expected: Residuals) -> float:
+def largest_difference(residuals: np.ndarray, expected: np.ndarray) -> float:
     """Largest |x - ours| / |ours| over prompts and layers.
 
     The last layer is left out: transformers gives its state after the final norm.
     """
-    inner, wanted = residuals[:, :-1].float(), expected[:, :-1]
-    return float(((inner - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max())
+    inner, wanted = residuals[:, :-1], expected[:, :-1]
+    return float((np.linalg.norm(inner - wanted, axis=-1) / np.linalg.norm(wanted, axis=-1)).max())
 
 
-def gap_of(residuals: Residuals, n_normal: int) -> Float[Tensor, " layer"]:
+def gap_of(residuals: np.ndarray, n_normal: int) -> Float[Tensor, " layer"]:
     """The gap curve in degrees; its interval and test are not wanted here."""
-    return sm.gap_curve(residuals[:n_normal], residuals[n_normal:], bootstrap=100, permutations=100).gap
+    normal, malicious = torch.from_numpy(residuals).tensor_split([n_normal])
+    return sm.gap_curve(normal, malicious, bootstrap=100, permutations=100).gap
 
 
 def table(lines: pd.DataFrame) -> str:

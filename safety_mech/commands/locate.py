@@ -81,6 +81,11 @@ class LocateConfig:
     seed: int = 0
     out: str = "results"
 
+    @property
+    def unit(self) -> str:
+        """Of the measure that is swept."""
+        return "share of prompts refused" if self.text else "mean refusal probability"
+
 
 @dataclass(frozen=True)
 class LocateData:
@@ -97,16 +102,11 @@ class LocateData:
 
 def main(config: LocateConfig) -> "safety_mech.commands.locate_run.LocateResult":
     check_config(config)
-    data = load_data(config)
-    from safety_mech.commands.locate_run import run_locate  # imports torch
-
-    return run_locate(config, data)
-
-
-def load_data(config: LocateConfig) -> LocateData:
     sets, topics = load_sets(config), load_topics(config)
     drawn = None if config.quick else draw(config.over_rejection, config.max_over_rejection, config.seed)
-    return LocateData(sets, topics, drawn)
+    from safety_mech.commands.locate_run import run_locate  # imports torch
+
+    return run_locate(config, LocateData(sets, topics, drawn))
 
 
 def check_config(config: LocateConfig) -> None:
@@ -125,15 +125,8 @@ def check_config(config: LocateConfig) -> None:
     if config.initial is not None:
         LayerRange.parse(config.initial)
     check_choice("recipe", config.recipe, RECIPES)
-    check_model(
-        model=config.model,
-        adapter=config.adapter,
-        base=config.base,
-        template=config.template,
-        device=config.device,
-        dtype=config.dtype,
-        out=config.out,
-    )
+    settings = ("model", "adapter", "base", "template", "device", "dtype", "out")
+    check_model(**{name: getattr(config, name) for name in settings})
 
 
 def load_sets(config: LocateConfig) -> PromptSets:

@@ -13,7 +13,6 @@ from safety_mech.attention.question import question_attention
 from safety_mech.commands.locate import LocateConfig, LocateData, PromptSets
 from safety_mech.models.sources import model_fingerprint
 from safety_mech.prompts import draw, prompt_hash
-from safety_mech.reporting.html import Example
 from safety_mech.reporting.locate_report import LocateResult, locate_report, scaling_examples
 from safety_mech.reporting.plots import plot_alpha, plot_attention, plot_contrastive_pair
 from safety_mech.reporting.runs import write_run
@@ -23,31 +22,30 @@ SHOWN = 3
 """Prompts of each kind whose answers the report shows: the first ones, so that nobody has chosen them."""
 
 
-def write_locate_run(
-    model: HookedTransformer, base_name: str | None, data: LocateData, result: LocateResult, config: LocateConfig
-) -> Path:
-    """Figures, report, metrics and tensors of a run; returns its folder."""
+def write_locate_run(model: HookedTransformer, data: LocateData, result: LocateResult, config: LocateConfig) -> Path:
     found, over_rejection = result.found, data.over_rejection.prompts if data.over_rejection else []
-    layers = found.range if found and found.range else result.start.range
-    figures = figures_of(base_name, result, config)
+    layers = found.range if found and found.range else result.start.range  # what examples and pictures are of
+    figures = figures_of(result, config)
     figures["attention"] = attention_figure(model, data.sets, layers, config)
     shown = [*over_rejection[:SHOWN], *draw(config.malicious, SHOWN, config.seed).prompts]
-    prompt_sets = named_sets(data.sets, over_rejection)
-    prompt_hashes = {name: prompt_hash(prompts) for name, prompts in prompt_sets.items()}
+    examples = []
+    if found and found.alpha and layers:
+        examples = scaling_examples(model, shown, layers, found.alpha.alpha, config.recipe, config.template)
+    prompt_sets: dict[str, list[str]] = {}
+    for name, (normal, malicious) in data.sets.items():
+        prompt_sets |= {f"{name} normal": normal, f"{name} malicious": malicious}
+    prompt_sets["over_rejection"] = over_rejection
     report = locate_report(
         config,
         result,
-        base_name=base_name,
-        unit=measure_unit(config),
         figures=figures,
-        examples=examples(model, shown, layers, found, config),
+        examples=examples,
         views=views(model, shown, layers, config),
-        prompt_hashes=prompt_hashes,
-        sizes={name: len(prompts) for name, prompts in prompt_sets.items()},
+        prompt_sets=prompt_sets,
     )
     metrics = {
         **metrics_of(result),
-        "prompt_hashes": prompt_hashes,
+        "prompt_hashes": {name: prompt_hash(prompts) for name, prompts in prompt_sets.items()},
         "drawn_ids": {"over_rejection": data.over_rejection.ids} if data.over_rejection else {},
         "model_fingerprint": model_fingerprint(config.model, config.adapter),
         "device": str(model.cfg.device),
@@ -65,33 +63,26 @@ def write_locate_run(
     )
 
 
-def figures_of(base_name: str | None, result: LocateResult, config: LocateConfig) -> dict[str, Figure]:
+def figures_of(result: LocateResult, config: LocateConfig) -> dict[str, Figure]:
     """The gap of the model, of its base and on the contrastive pairs; what the search saw."""
     drawn = {config.model: result.curves["prompts"]}
     if result.base_curves:
-        drawn[f"{base_name} (base)"] = result.base_curves["prompts"]
+        drawn[f"{result.base_name} (base)"] = result.base_curves["prompts"]
     if config.pairs:
         drawn["contrastive pairs"] = result.curves["contrastive pairs"]
-    gap = sm.plot_gap(drawn, {config.model: result.start.range}, f"template {config.template}")
-    return {"gap": gap} | search_figures(result.found, measure_unit(config))
-
-
-def search_figures(found: sm.SafetyLayers | None, unit: str) -> dict[str, Figure]:
-    figures = {}
+    figures = {"gap": sm.plot_gap(drawn, {config.model: result.start.range}, f"template {config.template}")}
+    found = result.found
     if found and found.alpha and len(found.alpha.points) > 1 and found.baseline is not None:
         figures["alpha"] = plot_alpha(found.alpha, float(found.baseline.mean()))
     if found and found.sweeps:
-        figures["sweeps"] = sm.plot_sweeps(found.sweeps, found.baseline, unit)
+        figures["sweeps"] = sm.plot_sweeps(found.sweeps, found.baseline, config.unit)
     if found and found.grid is not None:
-        figures["grid"] = sm.plot_grid(found.grid, found.range, unit, found.best_of_grid)
+        figures["grid"] = sm.plot_grid(found.grid, found.range, config.unit, found.best_of_grid)
     return figures
 
 
 def attention_figure(
-    model: HookedTransformer,
-    sets: PromptSets,
-    layers: sm.LayerRange | None,
-    config: LocateConfig,
+    model: HookedTransformer, sets: PromptSets, layers: sm.LayerRange | None, config: LocateConfig
 ) -> Figure:
     """Where the last token looks in the first contrastive pair; without pairs, in the first malicious prompt."""
     if config.pairs:
@@ -100,19 +91,6 @@ def attention_figure(
         return plot_contrastive_pair(harmful, harmless, layers)
     (attention,) = question_attention(model, sets["prompts"][1][:1], config.template)
     return plot_attention(attention, layers)
-
-
-def examples(
-    model: HookedTransformer,
-    prompts: list[str],
-    layers: sm.LayerRange | None,
-    found: sm.SafetyLayers | None,
-    config: LocateConfig,
-) -> list[Example]:
-    """Answers before and while the located range is scaled (where none is, the range that the search started from)."""
-    if found is None or found.alpha is None or layers is None:
-        return []
-    return scaling_examples(model, prompts, layers, found.alpha.alpha, config.recipe, config.template)
 
 
 def views(
@@ -125,34 +103,23 @@ def views(
     return [*found, attention_heads_view(model, prompts[-1], int(layers.centre), config.template)]
 
 
-def measure_unit(config: LocateConfig) -> str:
-    return "share of prompts refused" if config.text else "mean refusal probability"
-
-
-def named_sets(sets: PromptSets, over_rejection: list[str]) -> dict[str, list[str]]:
-    kinds = ("normal", "malicious")
-    found = {f"{name} {kind}": p for name in sets for kind, p in zip(kinds, sets[name], strict=True)}
-    return found | {"over_rejection": over_rejection}
-
-
 def tensors_of(result: LocateResult) -> dict[str, Tensor]:
-    tensors = {
-        f"{name}.{part}".replace(" ", "_"): getattr(curve, part)
-        for name, curve in result.curves.items()
-        for part in ("gap", "low", "high", "p_values", "samples")
-    }
-    tensors |= {f"{name}.symmetric".replace(" ", "_"): curve.symmetric.gap for name, curve in result.curves.items()}
+    tensors = {}
+    for name, curve in result.curves.items():
+        tensors |= {f"{name}.{part}": getattr(curve, part) for part in ("gap", "low", "high", "p_values", "samples")}
+        tensors[f"{name}.symmetric"] = curve.symmetric.gap
     if result.found and result.found.grid is not None:
         tensors["grid"] = result.found.grid
-    return tensors
+    return {name.replace(" ", "_"): tensor for name, tensor in tensors.items()}
 
 
 def metrics_of(result: LocateResult) -> dict[str, Any]:
-    curves, initial, samples = result.curves, result.initial, result.initial_samples
+    initial, samples = result.initial, result.initial_samples
+    differences = result.differences.items()
     return {
-        "curves": {name: curve_metrics(curves[name], initial[name], samples[name]) for name in curves},
+        "curves": {name: curve_metrics(curve, initial[name], samples[name]) for name, curve in result.curves.items()},
         "base_curves": {name: curve_metrics(curve, None, Counter()) for name, curve in result.base_curves.items()},
-        "differences": {name: difference_metrics(difference) for name, difference in result.differences.items()},
+        "differences": {name: gap_metrics(of) | {"initial_range": sm.initial_range(of)} for name, of in differences},
         "start": result.start,
         "search": search_metrics(result.found) if result.found else None,
     }
@@ -161,50 +128,32 @@ def metrics_of(result: LocateResult) -> dict[str, Any]:
 def curve_metrics(
     curve: sm.GapCurve, initial: sm.LayerRange | None, samples: Counter[sm.LayerRange | None]
 ) -> dict[str, Any]:
-    return {
-        "gap": curve.gap,
-        "low": curve.low,
-        "high": curve.high,
-        "p_values": curve.p_values,
-        "p_any": curve.p_any,
-        "symmetric": symmetric_metrics(curve),
+    kinds = ("normal_normal", "normal_malicious", "malicious_malicious")
+    return gap_metrics(curve) | {
         "sampled_gap": curve.sampled_gap if curve.r else None,
         "bootstrap_over": {"unit": curve.resampled, "normal": curve.n_resampled[0], "malicious": curve.n_resampled[1]},
-        "cosine_mean": {
-            "normal_normal": curve.normal_normal.cosine_mean,
-            "normal_malicious": curve.normal_malicious.cosine_mean,
-            "malicious_malicious": curve.malicious_malicious.cosine_mean,
-        },
+        "cosine_mean": {kind: getattr(curve, kind).cosine_mean for kind in kinds},
         "initial_range": initial,
-        "initial_range_samples": {str(layers): count for layers, count in samples.most_common()},
+        "initial_range_samples": dict(samples.most_common()),
     }
 
 
-def symmetric_metrics(curve: sm.GapCurve | sm.GapDifference) -> dict[str, Any]:
-    names = ("gap", "low", "high", "p_values", "p_any", "spread_alone", "p_same_distribution")
-    found = {name: getattr(curve.symmetric, name) for name in names}
-    return found | {"initial_range": sm.initial_range(curve, statistic="symmetric")}
-
-
-def difference_metrics(difference: sm.GapDifference) -> dict[str, Any]:
-    fields = ("gap", "low", "high", "p_values", "p_any")
-    found = {name: getattr(difference, name) for name in fields}
-    return found | {"initial_range": sm.initial_range(difference), "symmetric": symmetric_metrics(difference)}
+def gap_metrics(curve: sm.GapCurve | sm.GapDifference) -> dict[str, Any]:
+    """By both statistics."""
+    names = ("gap", "low", "high", "p_values", "p_any")
+    symmetric = fields_of(curve.symmetric, *names, "spread_alone", "p_same_distribution")
+    symmetric["initial_range"] = sm.initial_range(curve, statistic="symmetric")
+    return fields_of(curve, *names) | {"symmetric": symmetric}
 
 
 def search_metrics(found: sm.SafetyLayers) -> dict[str, Any]:
-    return {
-        "range": found.range,
-        "reason": found.reason,
-        "refused": found.refused,
-        "initial": found.initial,
-        "alpha": found.alpha,
-        "phrases": found.phrases,
-        "sweeps": found.sweeps,
+    names = ("range", "reason", "refused", "initial", "alpha", "phrases", "sweeps")
+    return fields_of(found, *names, "effect", "best_of_grid", "is_best_of_grid") | {
         "interval_90": found.interval(),
-        "samples": {str(layers): count for layers, count in found.samples.most_common()},
+        "samples": dict(found.samples.most_common()),
         "baseline_mean": None if found.baseline is None else found.baseline.mean(),
-        "effect": found.effect,
-        "best_of_grid": found.best_of_grid,
-        "is_best_of_grid": found.is_best_of_grid,
     }
+
+
+def fields_of(record: object, *names: str) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in names}

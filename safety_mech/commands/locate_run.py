@@ -13,8 +13,6 @@ from safety_mech.reporting.locate_report import LocateResult, Start
 from safety_mech.reporting.tables import (
     alpha_sentence,
     alpha_table,
-    difference_sentence,
-    gap_sentence,
     gap_table,
     search_sentence,
     sweep_table,
@@ -32,48 +30,34 @@ def run_locate(config: LocateConfig, data: LocateData) -> LocateResult:
     by = config.statistic
     initial = {name: sm.initial_range(curve, statistic=by) for name, curve in curves.items()}
     samples = {name: sm.initial_range_samples(curve, statistic=by) for name, curve in curves.items()}
-    print(gap_table(curves["prompts"], initial["prompts"]))
-    for name, curve in curves.items():
-        print(f"{name}: {gap_sentence(curve, initial[name], samples[name], by)}")
     differences = {name: sm.gap_difference(curves[name], base_curves[name]) for name in base_curves}
-    for name, difference in differences.items():
-        print(f"{name}: gap minus the gap of {base_name} peaks at {difference_sentence(difference)}")
     start = starting_range(config, initial["prompts"], differences.get("prompts"))
-    print(start)
-    found = None
+    result = LocateResult(curves, base_name, base_curves, by, initial, samples, differences, start)
+    print(gap_table(curves["prompts"], initial["prompts"]))
+    print(*result.gap_sentences(), *result.difference_sentences(), start, sep="\n")
     if data.over_rejection is not None:
         found = search(model, data.sets["prompts"], curves["prompts"], data.over_rejection, start, config)
-    result = LocateResult(curves, base_curves, initial, samples, differences, start, found)
-    folder = write_locate_run(model, base_name, data, result, config)
+        result = replace(result, found=found)
+    folder = write_locate_run(model, data, result, config)
     print(f"written: {folder}/ ({', '.join(sorted(path.name for path in folder.iterdir()))})")
     return replace(result, folder=folder)
 
 
 def measure_all(model: HookedTransformer, data: LocateData, config: LocateConfig) -> dict[str, sm.GapCurve]:
-    return {
-        name: measure(model, prompts, data.topics.get(name, (None, None)), name == "contrastive pairs", config)
-        for name, prompts in data.sets.items()
-    }
-
-
-def measure(
-    model: HookedTransformer,
-    prompts: tuple[list[str], list[str]],
-    topics: tuple[list[str] | None, list[str] | None],
-    paired: bool,
-    config: LocateConfig,
-) -> sm.GapCurve:
-    normal_topics, malicious_topics = topics
-    return sm.gap_curve(
-        *(sm.last_token_residuals(model, part, config.template, progress=True) for part in prompts),
-        paired=paired,
-        normal_clusters=normal_topics,
-        malicious_clusters=malicious_topics,
-        r=config.r,
-        seed=config.seed,
-        bootstrap=config.bootstrap,
-        permutations=config.permutations,
-    )
+    curves = {}
+    for name, prompts in data.sets.items():
+        normal_topics, malicious_topics = data.topics.get(name, (None, None))
+        curves[name] = sm.gap_curve(
+            *(sm.last_token_residuals(model, part, config.template, progress=True) for part in prompts),
+            paired=name == "contrastive pairs",
+            normal_clusters=normal_topics,
+            malicious_clusters=malicious_topics,
+            r=config.r,
+            seed=config.seed,
+            bootstrap=config.bootstrap,
+            permutations=config.permutations,
+        )
+    return curves
 
 
 def starting_range(config: LocateConfig, own: sm.LayerRange | None, difference: sm.GapDifference | None) -> Start:

@@ -31,17 +31,16 @@ def publish(
         sections: of the page; its last one, the settings, is added here.
         metrics: of metrics.json; the prompt hashes are added here where it has none.
     """
-    print(f"\n{text}")
     page = report_page(title, lead, [*sections, settings_section(config, prompt_hashes)])
-    folder = write_run(
-        config.out,
-        experiment,
-        config.model,
-        config=config,
-        metrics={"prompt_hashes": prompt_hashes, **metrics},
-        tensors=tensors,
-        figures=figures,
-        texts={"table.txt": text + "\n", "report.html": page},
-    )
+    metrics = {"prompt_hashes": prompt_hashes, **metrics}
+    print()
+    return publish_table(experiment, config, text, page, metrics=metrics, tensors=tensors, figures=figures)
+
+
+def publish_table(experiment: str, config: Any, text: str, page: str | None = None, **parts: Any) -> Path:
+    """As `publish`, with a finished page or none; `parts`: metrics and what else `write_run` takes."""
+    print(text)
+    texts = {"table.txt": text + "\n"} | ({"report.html": page} if page else {})
+    folder = write_run(config.out, experiment, config.model, config=config, texts=texts, **parts)
     print(f"written: {folder}/ ({', '.join(sorted(path.name for path in folder.iterdir()))})")
     return folder

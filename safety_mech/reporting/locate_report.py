@@ -22,6 +22,7 @@ from safety_mech.layers import LayerRange
 from safety_mech.localization.safety_layers import SafetyLayers
 from safety_mech.models.chat import Template
 from safety_mech.models.generation import generate
+from safety_mech.prompts import prompt_hash
 from safety_mech.reporting import html as report
 from safety_mech.reporting.grid import grid_picture
 from safety_mech.reporting.html import Example, Section
@@ -30,9 +31,9 @@ from safety_mech.reporting.tables import (
     alpha_table,
     bootstrap_text,
     difference_sentence,
+    gap_cells,
     gap_sentence,
     gap_table,
-    interval_text,
     search_sentence,
     sweep_table,
 )
@@ -61,54 +62,61 @@ class Start:
 
 @dataclass(frozen=True)
 class LocateResult:
-    """`curves`: by prompt set, of the model; `base_curves`: of its base, where there is one. `folder`: the run's."""
+    """`curves`: by prompt set, of the model; `base_curves`: of its base, where there is one. `statistic`: the one that
+    `initial` was read off. `folder`: the run's."""
 
     curves: dict[str, GapCurve]
+    base_name: str | None
     base_curves: dict[str, GapCurve]
+    statistic: Statistic
     initial: dict[str, LayerRange | None]
     initial_samples: dict[str, Counter[LayerRange | None]]
     differences: dict[str, GapDifference]
     start: Start
-    found: SafetyLayers | None
+    found: SafetyLayers | None = None
     folder: Path = Path()
 
-    def gap_sentence(self, name: str, statistic: Statistic) -> str:
+    def gap_sentence(self, name: str) -> str:
         """The largest gap on this prompt set, and its initial range."""
-        return gap_sentence(self.curves[name], self.initial[name], self.initial_samples[name], statistic)
+        return gap_sentence(self.curves[name], self.initial[name], self.initial_samples[name], self.statistic)
+
+    def gap_sentences(self) -> list[str]:
+        return [f"{name}: {self.gap_sentence(name)}" for name in self.curves]
+
+    def difference_sentences(self) -> list[str]:
+        minus = f"gap minus the gap of {self.base_name} peaks at"
+        return [f"{name}: {minus} {difference_sentence(part)}" for name, part in self.differences.items()]
 
 
 def locate_report(
     config: Any,
     result: LocateResult,
     *,
-    base_name: str | None,
-    unit: str,
     figures: Mapping[str, Figure],
     examples: Sequence[Example],
     views: Sequence[View],
-    prompt_hashes: Mapping[str, str],
-    sizes: Mapping[str, int],
+    prompt_sets: Mapping[str, Sequence[str]],
 ) -> str:
     """The page of a run.
 
     Args:
         config: a LocateConfig.
-        unit: of the measure that is swept.
         figures: "gap" and, where there are any, "alpha", "sweeps" and "attention".
-        sizes: of the prompt sets.
     """
-    found, statistic = result.found, config.statistic
+    found = result.found
     drawn = _curves(result.curves["prompts"], result.initial["prompts"], figures["gap"])
+    hashes = {name: prompt_hash(prompts) for name, prompts in prompt_sets.items()}
+    sizes = {name: len(prompts) for name, prompts in prompt_sets.items()}
     sections = [
-        Section("What was found", _findings(result, statistic)),
+        Section("What was found", _findings(result)),
         Section("How far malicious prompts part from normal ones", drawn),
-        Section("Controls", _controls(config.model, base_name, result, statistic)),
-        Section("What scaling a range does to refusals", _search(found, unit, figures)),
+        Section("Controls", _controls(config.model, result)),
+        Section("What scaling a range does to refusals", _search(found, config.unit, figures)),
         Section("Answers before and while scaling", _examples(found, config.recipe, examples)),
         Section("Where the model looks, and which tokens move its refusal", _pictures(figures.get("attention"), views)),
-        report.settings_section(config, prompt_hashes, sizes),
+        report.settings_section(config, hashes, sizes),
     ]
-    lead = search_sentence(found) if found else result.gap_sentence("prompts", statistic)
+    lead = search_sentence(found) if found else result.gap_sentence("prompts")
     return report.report_page(f"Safety layers of {config.model}", _sentence(lead), sections)
 
 
@@ -132,10 +140,9 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _findings(result: LocateResult, statistic: Statistic) -> list[Markup]:
+def _findings(result: LocateResult) -> list[Markup]:
     found = result.found
-    sentences = [_sentence(f"{name}: {result.gap_sentence(name, statistic)}") for name in result.curves]
-    sentences.append(_sentence(str(result.start)))
+    sentences = [_sentence(text) for text in (*result.gap_sentences(), str(result.start))]
     if found is not None and found.samples and found.baseline is not None:
         total = sum(found.samples.values())
         counted = ", ".join(f"{layers} {count / total:.0%}" for layers, count in found.samples.most_common(6))
@@ -162,27 +169,23 @@ def _curves(curve: GapCurve, initial: LayerRange | None, drawn: Figure) -> list[
     return [report.figure(drawn, alt, caption, wide=True), report.folded("By layer", report.fixed_width(lines))]
 
 
-def _controls(model: str, base_name: str | None, result: LocateResult, statistic: Statistic) -> list[Markup]:
+def _controls(model: str, result: LocateResult) -> list[Markup]:
     rows = []
     for name, curve in result.curves.items():
         rows += _largest(name, model, curve)
         if name in result.base_curves:
-            rows += _largest(name, f"{base_name} (base)", result.base_curves[name])
+            rows += _largest(name, f"{result.base_name} (base)", result.base_curves[name])
             rows += _largest(name, "model minus base", result.differences[name])
     head = ["prompts", "of", "statistic", "largest gap", "interval", "layer", "p, all layers", "initial range"]
     caption = (
         "Gaps in degrees. One that the base has too, or that contrastive pairs (same frame, one harmful and one "
         "harmless) do not have, belongs to the prompts and not to alignment. Paper: normal-malicious minus "
         "normal-normal, which a wider or narrower set moves too. Symmetric: minus the mean of both within, for place "
-        "alone; its p-value "
-        f"keeps each set's spread. The search uses the initial range of the {statistic} one. "
+        f"alone; its p-value keeps each set's spread. The search uses the initial range of the {result.statistic} one. "
         f"Intervals: {bootstrap_text(result.curves['prompts'])}; p-values are over prompts."
     )
-    sentences = [
-        _sentence(f"{name}: gap minus the gap of {base_name} peaks at {difference_sentence(difference)}")
-        for name, difference in result.differences.items()
-    ]
-    return [report.table(head, rows, caption), *(report.text(sentence) for sentence in sentences)]
+    sentences = [report.text(_sentence(text)) for text in result.difference_sentences()]
+    return [report.table(head, rows, caption), *sentences]
 
 
 def _largest(name: str, of: str, curve: GapCurve | GapDifference) -> list[list[str]]:
@@ -191,8 +194,7 @@ def _largest(name: str, of: str, curve: GapCurve | GapDifference) -> list[list[s
     for statistic in STATISTICS:
         part, layers = chosen(curve, statistic), initial_range(curve, statistic=statistic)
         peak = int(part.gap.argmax())
-        interval = interval_text(float(part.low[peak]), float(part.high[peak]))
-        values = [f"{float(part.gap[peak]):.2f}", interval, str(peak), f"{part.p_any:.3f}", str(layers or "none")]
+        values = [*gap_cells(part, peak), str(peak), f"{part.p_any:.3f}", str(layers or "none")]
         rows.append([name, of, statistic, *values])
     return rows
 

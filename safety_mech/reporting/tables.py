@@ -44,9 +44,9 @@ def gap_table(curve: GapCurve, initial: LayerRange | None) -> str:
         [
             str(layer),
             *(f"{float(kind.cosine_mean[layer]):.4f}" for kind in kinds),
-            *_gap_cells(curve, layer),
+            *gap_cells(curve, layer),
             f"{float(curve.p_values[layer]):.3f}",
-            *_gap_cells(symmetric, layer),
+            *gap_cells(symmetric, layer),
             f"{float(symmetric.spread_alone[layer]):.2f}",
             f"{float(symmetric.p_values[layer]):.3f}",
         ]
@@ -55,13 +55,9 @@ def gap_table(curve: GapCurve, initial: LayerRange | None) -> str:
     return text_table(head, rows, [initial is not None and layer in initial for layer in range(curve.n_layers)])
 
 
-def _gap_cells(part: GapStatistic, layer: int) -> tuple[str, str]:
+def gap_cells(part: GapStatistic, layer: int) -> tuple[str, str]:
     """The gap at a layer, and its interval."""
-    return f"{float(part.gap[layer]):.2f}", interval_text(float(part.low[layer]), float(part.high[layer]))
-
-
-def interval_text(low: float, high: float) -> str:
-    return f"[{low:.2f}, {high:.2f}]"
+    return f"{float(part.gap[layer]):.2f}", f"[{float(part.low[layer]):.2f}, {float(part.high[layer]):.2f}]"
 
 
 def gap_sentence(
@@ -91,7 +87,7 @@ def gap_sentence(
 def peak_text(part: GapStatistic) -> str:
     """ "1.54 degrees [0.46, 3.70] at layer 11": the largest gap with its interval."""
     peak = int(part.gap.argmax())
-    gap, interval = _gap_cells(part, peak)
+    gap, interval = gap_cells(part, peak)
     return f"{gap} degrees {interval} at layer {peak}"
 
 

@@ -18,10 +18,8 @@ from jaxtyping import Float
 from markupsafe import Markup
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
 from safety_mech.models.chat import Template, check_context, encode_chat, tokenizer_of
-from safety_mech.models.forward import embed, run_blocks
 from safety_mech.refusal.attribution import refusal_attribution, replacement_effects
 from safety_mech.reporting.plots import BLUE, ORANGE
 from safety_mech.reporting.templates import render
@@ -32,21 +30,14 @@ DECIMALS = 4
 
 @dataclass(frozen=True)
 class View:
-    """One CircuitsVis component with its properties. Jupyter shows it; `html` is the same, for a page of your own.
-
-    For several views on one page take `views_html`: it carries the code once.
-    """
+    """One CircuitsVis component with its properties. Jupyter shows it; a page of your own takes `views_html`."""
 
     component: str
     properties: dict[str, Any] = field(repr=False)
     caption: str
 
-    @property
-    def html(self) -> str:
-        return views_html([self])
-
     def _repr_html_(self) -> str:
-        return self.html
+        return views_html([self])
 
 
 def attention_heads_view(model: HookedTransformer, prompt: str, layer: int, template: str | Template = "own") -> View:
@@ -137,14 +128,11 @@ def attention_pattern(
     tokenizer = tokenizer_of(model)
     (chat,) = encode_chat(tokenizer, [prompt], template)
     check_context([chat], model.cfg.n_ctx)
-    patterns: list[Tensor] = []
-
-    def store(pattern: Float[Tensor, "prompt head pos pos"], hook: HookPoint) -> None:
-        patterns.append(pattern[0].detach().float().cpu())
-
-    with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_pattern", store)]):
-        run_blocks(model, embed(model, chat.tokens[None].to(model.embed.W_E.device)), stop=layer + 1)
-    return patterns[0], tuple(str(tokenizer.decode([token])) for token in chat.tokens.tolist())
+    tokens = chat.tokens[None].to(model.embed.W_E.device)
+    name = f"blocks.{layer}.attn.hook_pattern"
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, names_filter=name, stop_at_layer=layer + 1)
+    return cache[name][0].float().cpu(), tuple(str(tokenizer.decode([token])) for token in chat.tokens.tolist())
 
 
 def views_html(views: Sequence[View]) -> str:

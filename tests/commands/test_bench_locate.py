@@ -51,7 +51,7 @@ def test_a_run_from_end_to_end(bench: ModuleType, config: Any, monkeypatch: pyte
 @pytest.mark.slow
 def test_what_is_run_is_what_the_formula_says(bench: ModuleType, config: Any) -> None:
     ranges = bench.ranges_of_sweeps(config, 4)
-    timed = bench.time_log_odds(config, ranges, ranges[:1])
+    timed = bench.time_ours(config, ranges, ranges[:1])
     assert timed.evaluations == bench.layer_evaluations(ranges, 4)["shared"]
     assert timed.grid_evaluations == bench.layer_evaluations(bench.all_ranges(4), 4)["shared"]
     assert timed.evaluations < bench.layer_evaluations(ranges, 4)["whole"]
@@ -60,7 +60,7 @@ def test_what_is_run_is_what_the_formula_says(bench: ModuleType, config: Any) ->
 def test_weights_are_scaled_where_said_and_put_back(bench: ModuleType, llama_folder: Path) -> None:
     model, _ = load_transformers(str(llama_folder))
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    with bench.weights_scaled_in_place(model, LayerRange(1, 2), 1.5):
+    with bench.weights_scaled(model, LayerRange(1, 2), 1.5):
         changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
     assert len(changed) == 2 * 7
     assert all(name.startswith(("model.layers.1.", "model.layers.2.")) and "proj" in name for name in changed)
@@ -73,7 +73,7 @@ def test_methods_that_scale_differently_are_told(
 ) -> None:
     """Control: the check of equal logits can fail."""
     monkeypatch.setattr(bench, "in_own_process", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(bench, "scale_weights", lambda *_: None)
+    monkeypatch.setattr(bench, "projections", lambda *_: [])
     with pytest.raises(ValueError, match="logits differ by"):
         bench.main(config)
 

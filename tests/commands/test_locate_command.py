@@ -126,11 +126,8 @@ def test_a_good_command_does_load_a_model(command: Callable[..., Outcome], monke
     def refuse(*_: object, **__: object) -> None:
         raise OSError("the guard was reached\nsecond line")
 
-    def read_again(folder: str, gguf_file: str, dtype: torch.dtype) -> object:
-        """An earlier test may have left the built-in model in memory: this one must see it read."""
-        return models._read_files(models.Source(folder, gguf_file), dtype, trust_remote_code=False)
-
-    monkeypatch.setattr(models, "_read_built_in", read_again)
+    # An earlier test may have left the built-in model in memory: this one must see it read.
+    monkeypatch.setattr(models, "_read_built_in", models._read_files)
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", refuse)
     outcome = command("--out", "FILES/runs")
     check_one_line(outcome, "could not be loaded", "the guard was reached")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measuring import pad_left
+from measuring import pad
 
 from safety_mech.commands.memory import peak_since, start_of_peak
 from safety_mech.models.chat import ChatTokens
@@ -27,6 +27,6 @@ def test_the_peak_is_in_bytes_above_the_start(monkeypatch: pytest.MonkeyPatch) -
 
 def test_padding_is_on_the_left_and_masked() -> None:
     chats = [ChatTokens(torch.tensor(tokens), range(1)) for tokens in ([7, 8, 9], [5])]
-    tokens, mask = pad_left(chats)
+    tokens, mask = pad(chats)
     assert tokens.tolist() == [[7, 8, 9], [0, 0, 5]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]

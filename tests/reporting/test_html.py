@@ -64,8 +64,7 @@ def hostile_page() -> str:
         report.figure(figure, HOSTILE, HOSTILE),
         report.examples([Example(HOSTILE, HOSTILE, HOSTILE)]),
         report.folded(HOSTILE, report.text(HOSTILE)),
-        report.settings_table(Config()),
-        *report.provenance({HOSTILE: HOSTILE}),
+        *report.settings_section(Config(), {HOSTILE: HOSTILE}).blocks,
         report.views([tokens_view([HOSTILE], torch.ones(1), HOSTILE)]),
         grid_picture(torch.tensor([[0.5]]), HOSTILE, LayerRange(0, 0)),
     ]
@@ -156,10 +155,10 @@ def test_an_answer_of_nothing_is_said() -> None:
 
 
 def test_settings_and_provenance() -> None:
-    shown = Reader(str(report.settings_table(Config("m")))).shown
+    section = report.settings_section(Config("m"), {"normal": "abc123"}, {"normal": 144})
+    shown = "".join(Reader(str(block)).shown for block in section.blocks)
     assert "alpha1.2" in shown
     assert "basenot given" in shown
-    shown = "".join(Reader(str(block)).shown for block in report.provenance({"normal": "abc123"}, {"normal": 144}))
     assert "normalabc123144" in shown
     assert f"torch{torch.__version__.split('+')[0]}" in shown
 

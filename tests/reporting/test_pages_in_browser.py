@@ -153,7 +153,8 @@ def whole_page() -> str:
         Section("Search", [grid_picture(MEANS, "nats", LayerRange(0, 2))]),
         Section("Answers", [report.examples([Example(HOSTILE, HOSTILE, "I'm sorry, but I can't help.")])]),
         Section("Tokens", [report.views([tokens_view([HOSTILE, "b"], torch.ones(2), HOSTILE)])]),
-        Section("Provenance", [report.table(["c"] * 20, [["wide" * 5] * 20]), *report.provenance({HOSTILE: "x"})]),
+        Section("Wide", [report.table(["c"] * 20, [["wide" * 5] * 20])]),
+        report.settings_section({}, {HOSTILE: "x"}),
     ]
     return report_page(HOSTILE, HOSTILE, sections)
 

@@ -98,7 +98,9 @@ def test_the_properties_are_those_of_the_package() -> None:
 
 def test_jupyter_shows_what_html_is() -> None:
     view = tokens_view(["a"], torch.tensor([1.0]), "caption")
-    shown, html = (re.sub(r"circuitsvis-[0-9a-f-]{36}", "ID", page) for page in (view._repr_html_(), view.html))
+    shown, html = (
+        re.sub(r"circuitsvis-[0-9a-f-]{36}", "ID", page) for page in (view._repr_html_(), views_html([view]))
+    )
     assert shown == html
     assert bundle() in html
     assert len(repr(view)) < 200, "a traceback or a list of views stays readable"
@@ -125,7 +127,7 @@ def test_the_bundle_is_the_packages_and_fits_into_a_script() -> None:
 
 
 def test_nothing_points_outside() -> None:
-    page = tokens_view(["a"], torch.tensor([1.0]), "caption").html.replace(bundle(), "")
+    page = tokens_view(["a"], torch.tensor([1.0]), "caption")._repr_html_().replace(bundle(), "")
     assert not re.findall(r"https?:|src=|import ", page)
     theirs = attention_heads(torch.ones(1, 1, 1), ["a"]).cdn_src
     assert re.findall(r"https?:|import ", theirs), "control: the package's own page does point outside"
