@@ -42,13 +42,13 @@ class Rate:
         return f"{self.count}/{self.total} = {self.share:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def wilson_interval(count: int, total: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share. It also holds near 0 and 1, where the usual +- interval is empty."""
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share. It also holds near 0 and 1, where the usual +- interval is empty."""
     from scipy.stats import binomtest  # a second to import, and only needed for a share
 
     if not 0 <= count <= total or total == 0:
         raise ValueError(f"{count} of {total}: expected 0 <= count <= total, and a total above 0")
-    interval = binomtest(count, total).proportion_ci(level, method="wilson")
+    interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -132,48 +132,44 @@ def mean_estimate(
     return estimate(lambda w: (w * x).sum(1) / w.sum(1), group_numbers(len(x), groups), level=level, seed=seed)
 
 
-def correlation(
-    x: Sequence[float],
-    y: Sequence[float],
-    groups: Sequence[Hashable] | None = None,
-    *,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Estimate:
+def correlation(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None) -> Estimate:
     """Pearson's r with its interval; undefined where y is constant or x has fewer than three values (two: |r| is 1)."""
-    a, b = _columns(x, y)
-    if len(set(x)) < 3:
-        return Estimate(math.nan, math.nan, math.nan)
 
-    def statistic(w: Float[Tensor, "sample item"]) -> Float[Tensor, " sample"]:
-        var_a, var_b, cov = _moments(w, a, b)
-        return torch.where((var_a > 1e-12) & (var_b > 1e-12), cov / (var_a * var_b).sqrt(), torch.nan)
+    def r(var_x: Tensor, var_y: Tensor, cov: Tensor) -> Tensor:
+        return torch.where((var_x > 1e-12) & (var_y > 1e-12), cov / (var_x * var_y).sqrt(), torch.nan)
 
-    return estimate(statistic, group_numbers(len(a), groups), level=level, seed=seed)
+    found = _of_moments(r, x, y, groups)
+    return found if len(set(x)) >= 3 else Estimate(math.nan, math.nan, math.nan)
 
 
-def slope(
-    x: Sequence[float],
-    y: Sequence[float],
-    groups: Sequence[Hashable] | None = None,
-    *,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Estimate:
+def slope(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None) -> Estimate:
     """Least-squares slope of y on x, with its interval: 1 where y follows x, 0 where it stays.
 
     Undefined for constant x.
     """
-    a, b = _columns(x, y)
-
-    def statistic(w: Float[Tensor, "sample item"]) -> Float[Tensor, " sample"]:
-        var_a, _, cov = _moments(w, a, b)
-        return torch.where(var_a > 1e-12, cov / var_a, torch.nan)
-
-    return estimate(statistic, group_numbers(len(a), groups), level=level, seed=seed)
+    return _of_moments(lambda var_x, _, cov: torch.where(var_x > 1e-12, cov / var_x, torch.nan), x, y, groups)
 
 
-def mean_pairwise_iou(ranges: Sequence[LayerRange | None], *, level: float = 0.95, seed: int = 0) -> Estimate:
+def _of_moments(
+    statistic: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x: Sequence[float],
+    y: Sequence[float],
+    groups: Sequence[Hashable] | None,
+) -> Estimate:
+    """A statistic of the weighted variances of x and y and their covariance, with its interval."""
+    if len(x) != len(y) or len(x) < 2:
+        raise ValueError(f"{len(x)} and {len(y)} values: expected two lists of equal length, of at least 2")
+    a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+
+    def of_weights(w: Float[Tensor, "sample item"]) -> Float[Tensor, " sample"]:
+        w = w / w.sum(1, keepdim=True)
+        da, db = a - (w @ a)[:, None], b - (w @ b)[:, None]
+        return statistic((w * da * da).sum(1), (w * db * db).sum(1), (w * da * db).sum(1))
+
+    return estimate(of_weights, group_numbers(len(a), groups))
+
+
+def mean_pairwise_iou(ranges: Sequence[LayerRange | None]) -> Estimate:
     """Mean IoU of all pairs of different ranges; the interval is over ranges, not over pairs.
 
     A pair of two copies of one range has IoU 1 and says nothing: it is left out of every draw.
@@ -186,7 +182,7 @@ def mean_pairwise_iou(ranges: Sequence[LayerRange | None], *, level: float = 0.9
     def statistic(w: Float[Tensor, "sample item"]) -> Float[Tensor, " sample"]:
         return ((w @ table) * w).sum(1) / (w.sum(1).square() - w.square().sum(1))
 
-    return estimate(statistic, list(range(len(ranges))), level=level, seed=seed)
+    return estimate(statistic, list(range(len(ranges))))
 
 
 def estimate(
@@ -194,18 +190,18 @@ def estimate(
 ) -> Estimate:
     """The statistic at equal weights, and its interval over draws of whole groups (numbered 0, 1, ...).
 
-    With one group there is no interval: its bounds are NaN.
+    With one group, or where the statistic is not defined, there is no interval: its bounds are NaN.
     """
     n_groups = max(groups) + 1
     membership = torch.nn.functional.one_hot(torch.tensor(groups), n_groups).double()
     value = float(statistic(torch.ones(1, len(groups), dtype=torch.float64))[0])
-    if n_groups < 2:
+    if n_groups < 2 or math.isnan(value):
         return Estimate(value, math.nan, math.nan)
     counts = resampled_counts(samples, n_groups, torch.Generator().manual_seed(seed))
     values = statistic(counts @ membership.T)
     tail = expanded_tail((1 - level) / 2, n_groups)
-    low, high = torch.nanquantile(values, torch.tensor([tail, 1 - tail], dtype=torch.float64))
-    return Estimate(value, *((float(low), float(high)) if not math.isnan(value) else (math.nan, math.nan)))
+    low, high = torch.nanquantile(values, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Estimate(value, low, high)
 
 
 def resampled_counts(samples: int, n: int, generator: torch.Generator) -> Float[Tensor, "sample item"]:
@@ -222,24 +218,12 @@ def expanded_tail(tail: float, n: int) -> float:
     return float(ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, tail)))
 
 
-def _moments(w: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted variances and covariance, one row of weights a sample."""
-    w = w / w.sum(1, keepdim=True)
-    da, db = a - (w @ a)[:, None], b - (w @ b)[:, None]
-    return (w * da * da).sum(1), (w * db * db).sum(1), (w * da * db).sum(1)
-
-
-def _columns(x: Sequence[float], y: Sequence[float]) -> tuple[Float[Tensor, " item"], Float[Tensor, " item"]]:
-    if len(x) != len(y) or len(x) < 2:
-        raise ValueError(f"{len(x)} and {len(y)} values: expected two lists of equal length, of at least 2")
-    return torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-
-
 def group_numbers(n_items: int, groups: Sequence[Hashable] | None) -> list[int]:
     """0, 1, ... for the groups in the order in which they come; every item its own group where none are given."""
     if n_items < 1 or (groups is not None and len(groups) != n_items):
         raise ValueError(
             f"{n_items} items in {len(groups or [])} groups: expected at least one item, and a group for each"
         )
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups or range(n_items)))}
-    return [numbers[group] for group in (groups or range(n_items))]
+    labels = groups or range(n_items)
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(labels))}
+    return [numbers[label] for label in labels]

@@ -196,10 +196,9 @@ MUTANTS = (
     Mutant(
         "scripts_may_mix", "degenerate.py", "threshold", "DEGENERATE_MIN_SCRIPT = 0.6", "DEGENERATE_MIN_SCRIPT = 0.4"
     ),
-    Mutant("one_try_less", "harmfulness.py", "bound", "max_retries=retries,", "max_retries=max(0, retries - 1),"),
+    Mutant("one_try_less", "harmfulness.py", "bound", "max_retries=retries)", "max_retries=max(0, retries - 1))"),
     Mutant("score_of_zero", "harmfulness.py", "bound", 'fullmatch("[1-5]"', 'fullmatch("[0-5]"'),
-    Mutant("status_500_given_up", "harmfulness.py", "bound", "error.status_code >= 500", "error.status_code > 500"),
-    Mutant("retries_not_spaced", "harmfulness.py", "undo", '{"request": [wait_for_turn]}', "{}"),
+    Mutant("status_500_given_up", "harmfulness.py", "bound", "error.status_code < 500", "error.status_code <= 500"),
     Mutant(
         "prefix_counted_twice",
         "log_odds.py",
@@ -578,9 +577,8 @@ MUTANTS = (
     Mutant("gradients_add_up", "loop.py", "undo", "optimizer.zero_grad(set_to_none=True)", "pass"),
     Mutant("adapter_ignores_scaling", "lora.py", "threshold", "self.scale * self.multiplier", "self.scale"),
     Mutant("adapter_hooks_stay", "lora.py", "undo", "stack.callback(handle.remove)", "stack.callback(bool)"),
-    Mutant("adapter_heads_mixed", "lora.py", "axis", 'pos (head d_head)"', 'pos (d_head head)"'),
+    Mutant("adapter_heads_mixed", "lora.py", "axis", '"last"].flatten(2)', '"last"].transpose(2, -1).flatten(2)'),
     Mutant("adapter_bound_by_rank", "lora.py", "axis", "math.sqrt(update.A.shape[1])", "math.sqrt(update.A.shape[0])"),
-    Mutant("bfloat16_not_restored", "lora.py", "undo", "parameter.data = data\n", "pass\n"),
     Mutant("adapter_alpha_of_peft", "lora.py", "threshold", "placed[0][2].scale * rank", "placed[0][2].scale"),
     Mutant(
         "last_start_missing",

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from safety_mech.refusal.rates import Responses, responses
-from safety_mech.stats import Estimate, resampled_counts
+from safety_mech.stats import Estimate, group_numbers, resampled_counts
 from safety_mech.training.loop import StepRecord
 
 
@@ -48,7 +48,8 @@ def dose_meter(
     one reading may serve two of them. `counted`: how many of a step's examples are the attacker's (Lisa's are not all).
     Raises ValueError for numbers that do not rise from 1.
     """
-    check_doses(at)
+    if not at or at[0] < 1 or any(b <= a for a, b in pairwise(at)):
+        raise ValueError(f"doses {list(at)}: expected rising numbers of examples, from 1 on")
     points: list[DosePoint] = []
     seen, due = 0, list(at)
 
@@ -63,12 +64,6 @@ def dose_meter(
     return points, read
 
 
-def check_doses(at: Sequence[int]) -> None:
-    """Raise ValueError for doses that do not rise from 1."""
-    if not at or at[0] < 1 or any(b <= a for a, b in pairwise(at)):
-        raise ValueError(f"doses {list(at)}: expected rising numbers of examples, from 1 on")
-
-
 def attack_cost(examples: Float[Tensor, " point"], refused: Float[Tensor, " point"]) -> float:
     """Examples until half of the refusals at the first point (dose 0) are gone; inf if they never are.
 
@@ -79,10 +74,8 @@ def attack_cost(examples: Float[Tensor, " point"], refused: Float[Tensor, " poin
     half = float(refused[0]) / 2
     if not half > 0:
         return math.nan
-    for point in range(1, len(refused)):
-        before, after = float(refused[point - 1]), float(refused[point])
+    for (start, before), (end, after) in pairwise(zip(examples.tolist(), refused.tolist(), strict=True)):
         if after <= half:
-            start, end = float(examples[point - 1]), float(examples[point])
             return start + (end - start) * (before - half) / (before - after)
     return math.inf
 
@@ -110,18 +103,16 @@ def estimate(
     *,
     clusters: Sequence[Hashable] | None = None,
     draws: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
-    """A summary of the mean curve (over seeds and prompts), with its bootstrap interval over both.
+    """A summary of the mean curve (over seeds and prompts), with its 95 % bootstrap interval over both.
 
     `clusters`: the category of each prompt. Whole categories are then drawn with replacement, and the mean is over the
     prompts drawn, so that a category counts by its size. With one category there is no interval: its bounds are nan.
     `inf` is "not within the doses measured"; all is nan where nothing is refused at dose 0.
-    Raises ValueError unless every prompt has one.
+    Raises ValueError unless every prompt has a category.
     """
-    samples = [summary(examples, curve) for curve in _resampled(refused, clusters, draws, seed)]
-    return Estimate(summary(examples, _mean_curve(refused)), *_interval(samples, level))
+    return difference(summary, examples, refused, [], clusters=clusters, draws=draws, seed=seed)
 
 
 def difference(
@@ -132,7 +123,6 @@ def difference(
     *,
     clusters: Sequence[Hashable] | None = None,
     draws: int = 1000,
-    level: float = 0.95,
     seed: int = 0,
 ) -> Estimate:
     """`refused` minus the mean of `others`, by a summary; the same seeds and prompts are drawn for all: paired.
@@ -140,20 +130,14 @@ def difference(
     `clusters`, nan and errors as in `estimate`.
     """
 
-    def minus_mean(own: float, rest: Sequence[float]) -> float:
-        return own - sum(rest) / len(rest)
+    def contrast(curves: Sequence[Float[Tensor, " point"]]) -> float:
+        own, *rest = (summary(examples, curve) for curve in curves)
+        return own - sum(rest) / len(rest) if rest else own
 
-    drawn = [
-        [summary(examples, curve) for curve in _resampled(values, clusters, draws, seed)]
-        for values in (refused, *others)
-    ]
-    own, *rest = (summary(examples, _mean_curve(values)) for values in (refused, *others))
-    samples = [minus_mean(row[0], row[1:]) for row in zip(*drawn, strict=True)]
-    return Estimate(minus_mean(own, rest), *_interval(samples, level))
-
-
-def _mean_curve(refused: Float[Tensor, "seed point prompt"]) -> Float[Tensor, " point"]:
-    return refused.double().mean(dim=(0, 2))
+    compared = [values.double() for values in (refused, *others)]
+    samples = zip(*(_resampled(values, clusters, draws, seed) for values in compared), strict=True)
+    value = contrast([values.mean(dim=(0, 2)) for values in compared])
+    return Estimate(value, *_interval([contrast(curves) for curves in samples]))
 
 
 def _resampled(
@@ -161,32 +145,22 @@ def _resampled(
 ) -> Float[Tensor, "sample point"]:
     """Mean curves of samples of seeds and of prompts (or of their clusters), both with replacement."""
     generator = torch.Generator().manual_seed(seed)
-    n_seeds, _, n_prompts = refused.shape
+    n_seeds, n_points, n_prompts = refused.shape
     of_seeds = resampled_counts(draws, n_seeds, generator) / n_seeds
-    numbers = _cluster_numbers(clusters, n_prompts)
+    numbers = group_numbers(n_prompts, clusters)
     if max(numbers) == 0 < n_prompts - 1:  # nothing to draw from: no interval rather than one over seeds alone
-        return refused.new_full((draws, refused.shape[1]), math.nan, dtype=torch.float64)
+        return refused.new_full((draws, n_points), math.nan)
     of_prompts = resampled_counts(draws, max(numbers) + 1, generator)[:, numbers]
     of_prompts = of_prompts / of_prompts.sum(dim=1, keepdim=True)
-    return torch.einsum("bs,spq,bq->bp", of_seeds, refused.double(), of_prompts)
+    return torch.einsum("bs,spq,bq->bp", of_seeds, refused, of_prompts)
 
 
-def _cluster_numbers(clusters: Sequence[Hashable] | None, n_prompts: int) -> list[int]:
-    """Clusters numbered from 0 as they come; without clusters each prompt is one of its own."""
-    if clusters is None:
-        return list(range(n_prompts))
-    if len(clusters) != n_prompts:
-        raise ValueError(f"{len(clusters)} clusters of {n_prompts} prompts: expected one for each prompt")
-    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
-    return [numbers[cluster] for cluster in clusters]
-
-
-def _interval(samples: Sequence[float], level: float) -> tuple[float, float]:
-    """Quantiles that are samples themselves, so that `inf` may be one; samples without a refusal (nan) are left out.
+def _interval(samples: Sequence[float]) -> tuple[float, float]:
+    """95 % quantiles that are samples themselves, so that `inf` may be one; nan (nothing refused) is left out.
 
     nan, where no sample is left."""
     ordered = sorted(value for value in samples if not math.isnan(value))
     if not ordered:
         return math.nan, math.nan
-    tail = (1 - level) / 2
+    tail = (1 - 0.95) / 2
     return ordered[int(tail * len(ordered))], ordered[min(len(ordered) - 1, int((1 - tail) * len(ordered)))]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -50,7 +49,7 @@ def export_transformers(
     _check_same_kind(model, config, str(base))
     config.tie_word_embeddings = bool(config.tie_word_embeddings) and torch.equal(model.embed.W_E, model.unembed.W_U.T)
     weights = _linear_weights(model, biases=config.architectures[0] == "Qwen2ForCausalLM")
-    _check_shapes(f"base {str(base)!r}", _shapes(hf_model.state_dict()), _shapes(weights), "the model")
+    _check_shapes(str(base), hf_model.state_dict(), weights)
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,40 +65,30 @@ def export_transformers(
 
 def _linear_weights(model: HookedTransformer, biases: bool) -> dict[str, Tensor]:
     """All weights under transformers' names; ValueError for one that is not zero and has no name there."""
-    weights: dict[str, Any] = {
-        "model.embed_tokens.weight": model.embed.W_E,
-        "model.norm.weight": model.ln_final.w,
-        "lm_head.weight": model.unembed.W_U.T,
+    left = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {
+        "model.embed_tokens.weight": left.pop("embed.W_E"),
+        "model.norm.weight": left.pop("ln_final.w"),
+        "lm_head.weight": left.pop("unembed.W_U").T,
     }
-    written = {"embed.W_E", "ln_final.w", "unembed.W_U"}
     projections = block_projections(model)
     for layer in range(model.cfg.n_layers):
-        parameters: dict[str, Tensor] = dict(model.blocks[layer].named_parameters())
-        prefix = f"model.layers.{layer}"
-        used = ["ln1.w", "ln2.w"]
-        weights[f"{prefix}.input_layernorm.weight"] = parameters["ln1.w"]
-        weights[f"{prefix}.post_attention_layernorm.weight"] = parameters["ln2.w"]
+        here, there = f"blocks.{layer}", f"model.layers.{layer}"
+        weights[f"{there}.input_layernorm.weight"] = left.pop(f"{here}.ln1.w")
+        weights[f"{there}.post_attention_layernorm.weight"] = left.pop(f"{here}.ln2.w")
         for projection in projections:
-            used.append(projection.hooked)
-            weights[f"{prefix}.{projection.module}.weight"] = as_linear(
-                projection, parameters[projection.hooked], model
-            )
+            weight = left.pop(f"{here}.{projection.hooked}")
+            weights[f"{there}.{projection.module}.weight"] = as_linear(projection, weight, model)
         for projection in projections[:3] if biases else ():
-            bias = projection.hooked.replace("W_", "b_")
-            used.append(bias)
-            weights[f"{prefix}.{projection.module}.bias"] = _flat_bias(parameters[bias])
-        written |= {f"blocks.{layer}.{name}" for name in used}
-    lost = [name for name, parameter in model.named_parameters() if name not in written and parameter.any()]
+            bias = left.pop(f"{here}.{projection.hooked}".replace("W_", "b_"))
+            weights[f"{there}.{projection.module}.bias"] = rearrange(bias, "head d_head -> (head d_head)")
+    lost = [name for name, parameter in left.items() if parameter.any()]
     if lost:
         raise ValueError(
             f"{lost[0]} is not zero, and the base's architecture has no place for it ({len(lost)} such weights): "
             "set it to zero before the export"
         )
-    return {name: weight.detach() for name, weight in weights.items()}
-
-
-def _flat_bias(bias: Float[Tensor, "head d_head"]) -> Float[Tensor, " out"]:
-    return rearrange(bias, "head d_head -> (head d_head)")
+    return weights
 
 
 def _check_exportable(model: HookedTransformer) -> None:
@@ -139,21 +128,16 @@ def _check_same_kind(model: HookedTransformer, config: Any, base: str) -> None:
             )
 
 
-def _shapes(tensors: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def _check_shapes(
-    source: str, given: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], owner: str
-) -> None:
+def _check_shapes(base: str, given: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Same names and shapes, or a ValueError that names the first difference."""
     if missing := [name for name in expected if name not in given]:
-        raise ValueError(f"{source} lacks {len(missing)} weights of {owner}, the first is {missing[0]}")
+        raise ValueError(f"base {base!r} lacks {len(missing)} weights of the model, the first is {missing[0]}")
     if extra := [name for name in given if name not in expected]:
-        raise ValueError(f"{source} has {len(extra)} weights that {owner} lacks, the first is {extra[0]}")
-    for name, shape in expected.items():
-        if given[name] != shape:
-            raise ValueError(f"{source}: {name} has shape {given[name]}, expected {shape} as in {owner}")
+        raise ValueError(f"base {base!r} has {len(extra)} weights that the model lacks, the first is {extra[0]}")
+    for name, weight in expected.items():
+        found, wanted = tuple(given[name].shape), tuple(weight.shape)
+        if found != wanted:
+            raise ValueError(f"base {base!r}: {name} has shape {found}, expected {wanted} as in the model")
 
 
 def _check_folder(folder: Path, overwrite: bool) -> None:

@@ -66,12 +66,12 @@ def trainable_names(
 
 def parameter_hashes(model: HookedTransformer, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of every named parameter's bytes: equal exactly if bit-identical."""
-    parameters = dict(model.named_parameters())
-    return {name: hashlib.sha256(_as_bytes(parameters[name])).hexdigest() for name in names}
 
+    def digest(parameter: Tensor) -> str:
+        data = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
+        return hashlib.sha256(data.tobytes()).hexdigest()
 
-def _as_bytes(parameter: Tensor) -> bytes:
-    return parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return {name: digest(model.get_parameter(name)) for name in names}
 
 
 def check_unmoved(model: HookedTransformer, before: dict[str, str]) -> None:

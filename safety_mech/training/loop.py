@@ -119,9 +119,10 @@ def fine_tune(
     with _only_trained(model, names) as trained:
         masters = master_weights(trained)
         moved = list(masters.values())
+        copies = [(masters[name], own) for name, own in trained.items() if masters[name] is not own]
         optimizer = torch.optim.AdamW(moved, lr=config.learning_rate, weight_decay=config.weight_decay)
         steps = _resume(checkpoint, run_id, moved, optimizer)
-        _write_back(masters, trained)
+        _write_back(copies)
         with tqdm(total=n_steps, initial=len(steps), desc="fine-tuning", unit="step", disable=not progress) as bar:
             for step in range(len(steps), n_steps):
                 rate = config.learning_rate * _schedule(step, config.warmup_steps, n_steps, config.cap_warmup)
@@ -136,7 +137,7 @@ def fine_tune(
                     else:
                         part = loss(batch) / len(step_batches)
                     part.backward()
-                    _collect_gradients(masters, trained)
+                    _collect_gradients(copies)
                     loss_sum += part.item()
                     n_tokens += sum(len(examples[index].tokens) for index in batch)
                 if not math.isfinite(loss_sum):
@@ -148,7 +149,7 @@ def fine_tune(
                     raise ValueError(f"the gradient is not finite at step {step}: try a lower learning rate")
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                _write_back(masters, trained)
+                _write_back(copies)
                 steps.append(StepRecord(step, loss_sum, rate, norm, sum(map(len, step_batches))))
                 if after_step is not None:
                     after_step(steps[-1])
@@ -156,7 +157,8 @@ def fine_tune(
                 bar.set_postfix(loss=f"{loss_sum:.3f}", tokens_per_s=f"{n_tokens / (perf_counter() - started):.0f}")
                 if checkpoint is not None and (step + 1) % config.checkpoint_every == 0:
                     _save_checkpoint(Path(checkpoint), run_id, moved, optimizer, steps)
-        extra_bytes = _extra_bytes(masters, trained, optimizer)
+        states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        extra_bytes = sum(tensor.nbytes for tensor in [*states, *(master for master, _ in copies)])
     check_unmoved(model, hashes)
     after = mean_loss(model, held_out_examples, config) if held_out_examples else None
     n_trained = sum(parameter.numel() for parameter in trained.values())
@@ -177,18 +179,20 @@ def _only_trained(model: HookedTransformer, names: Sequence[str]) -> Iterator[di
 
     def set_flags(flags: Mapping[str, bool]) -> None:
         for name, parameter in parameters.items():
-            parameter.requires_grad_(flags[name])
-        for parameter in trained.values():
-            parameter.grad = None
+            parameter.requires_grad_(flags.get(name, False))
+            parameter.grad = None if name in trained else parameter.grad
 
     try:
-        set_flags({name: name in trained for name in parameters})
+        set_flags(dict.fromkeys(trained, True))
         yield trained
     finally:
         set_flags(own)
 
 
 # --- master weights ---------------------------------------------------------------------------------------------------
+
+Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]
+"""Masters that are copies, each with its 16-bit parameter."""
 
 
 def master_weights(trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -204,30 +208,20 @@ def master_weights(trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Paramete
     return {name: master(parameter) for name, parameter in trained.items()}
 
 
-def _collect_gradients(masters: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter]) -> None:
+def _collect_gradients(copies: Copies) -> None:
     """Add the gradients of low-precision parameters to their masters', in float32, and clear them."""
-    for name, parameter in trained.items():
-        master = masters[name]
-        if master is not parameter and parameter.grad is not None:
+    for master, parameter in copies:
+        if parameter.grad is not None:
             gradient = parameter.grad.float()
             master.grad = gradient if master.grad is None else master.grad + gradient
             parameter.grad = None
 
 
-def _write_back(masters: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter]) -> None:
+def _write_back(copies: Copies) -> None:
     """Round the masters to the model's number format."""
     with torch.no_grad():
-        for name, parameter in trained.items():
-            if masters[name] is not parameter:
-                parameter.copy_(masters[name])
-
-
-def _extra_bytes(
-    masters: Mapping[str, nn.Parameter], trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> int:
-    copies = [master for name, master in masters.items() if master is not trained[name]]
-    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(tensor.nbytes for tensor in [*copies, *states])
+        for master, parameter in copies:
+            parameter.copy_(master)
 
 
 def _schedule(step: int, warmup_steps: int, n_steps: int, cap: bool = True) -> float:

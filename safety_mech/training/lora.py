@@ -9,13 +9,12 @@ a whole weight and adds nothing to one.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
 
 from safety_mech.layers import LayerRange
-from safety_mech.models.parameters import PREFIX, Projection, as_linear, block_projections
+from safety_mech.models.parameters import PREFIX, Projection, as_linear, block_projections, replaced
 
 
 class LowRankUpdate(nn.Module):
@@ -73,120 +72,73 @@ def low_rank_adapters(
     placed: Placed = []
     with ExitStack() as stack:
         for layer in chosen:
-            block = model.blocks[layer]
+            attn, mlp = model.blocks[layer].attn, model.blocks[layer].mlp
             updates = {}
             for projection in projections:
-                update = _place(model, layer, projection, rank, alpha / rank, generator)
                 module, leaf = projection.hooked.rsplit(".", 1)
-                stack.callback(delattr, block.get_submodule(module), f"{PREFIX}{leaf}")
-                updates[leaf.removeprefix("_")] = update
+                owner = model.blocks[layer].get_submodule(module)
+                update = LowRankUpdate(as_linear(projection, getattr(owner, leaf), model), rank, alpha / rank)
+                bound = 1 / math.sqrt(update.A.shape[1])  # as PEFT: kaiming uniform with a = sqrt(5)
+                with torch.no_grad():
+                    update.A.copy_((torch.rand(update.A.shape, generator=generator) * 2 - 1) * bound)
+                owner.add_module(f"{PREFIX}{leaf}", update)
+                stack.callback(delattr, owner, f"{PREFIX}{leaf}")
+                updates[projection.module.rsplit(".", 1)[1]] = update
                 placed.append((layer, projection, update))
-            for handle in [*_add_to_attention(block.attn, updates), *_add_to_mlp(block.mlp, updates)]:
-                stack.callback(handle.remove)
+            of_heads = [
+                ("query_input", attn.hook_q, updates["q_proj"]),
+                ("key_input", attn.hook_k, updates["k_proj"]),
+                ("value_input", attn.hook_v, updates["v_proj"]),
+            ]
+            of_mlp = [(0, mlp.hook_pre, updates["gate_proj"]), (0, mlp.hook_pre_linear, updates["up_proj"])]
+            _attach(stack, attn, of_heads, attn.hook_z, updates["o_proj"])
+            _attach(stack, mlp, of_mlp, mlp.hook_post, updates["down_proj"])
         yield placed
 
 
-def _place(
-    model: HookedTransformer,
-    layer: int,
-    projection: Projection,
-    rank: int,
-    scale: float,
-    generator: torch.Generator,
-) -> LowRankUpdate:
-    module, leaf = projection.hooked.rsplit(".", 1)
-    owner = model.blocks[layer].get_submodule(module)
-    weight = getattr(owner, leaf)
-    update = LowRankUpdate(as_linear(projection, weight, model), rank, scale)
-    bound = 1 / math.sqrt(update.A.shape[1])  # as PEFT: kaiming uniform with a = sqrt(5)
-    with torch.no_grad():
-        update.A.copy_((torch.rand(update.A.shape, generator=generator) * 2 - 1) * bound)
-    owner.add_module(f"{PREFIX}{leaf}", update)
-    return update
+def _attach(
+    stack: ExitStack,
+    module: Any,
+    inside: Sequence[tuple[str | int, Any, LowRankUpdate]],
+    last_point: Any,
+    last: LowRankUpdate,
+) -> None:
+    """Hook the updates of attention or of an MLP in, until the stack is closed.
 
+    `inside`: an input of the module, by position or name; the hook point of its product; the product's update. The
+    `last` update is added to the module's output. It takes what comes out of `last_point` after all hooks that are
+    there: so a hook that listens once, and last, is put on in every pass.
+    """
+    inputs: dict[str | int, Tensor] = {}
+    listening: list[RemovableHandle] = []
 
-class _Tap:
-    """What comes out of a hook point, after all hooks that are there now: it listens once, and last."""
+    def stop_listening() -> None:
+        while listening:
+            listening.pop().remove()
 
-    def __init__(self, point: nn.Module):
-        self.point = point
-        self.outputs: list[Tensor] = []
-        self.handle: RemovableHandle | None = None
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stop_listening()  # an interrupted pass may never have come to the hook point
+        given = dict(enumerate(args)) | kwargs
+        inputs.update({key: given[key] for key, _, _ in inside})
+        listening.append(last_point.register_forward_hook(listen))
 
-    def listen(self) -> None:
-        self.remove()
-        self.handle = self.point.register_forward_hook(self._keep)
-
-    def _keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        self.remove()
-        self.outputs.append(output)
-
-    def take(self) -> Tensor:
-        return self.outputs.pop()
-
-    def remove(self) -> None:
-        """Listen no more, also where an interrupted forward pass never came to the hook point."""
-        self.outputs.clear()
-        if self.handle is not None:
-            self.handle.remove()
-            self.handle = None
-
-
-def _add_to_attention(attn: Any, updates: dict[str, LowRankUpdate]) -> list[RemovableHandle | _Tap]:
-    """q, k and v from the module's inputs; o from what comes out of hook_z."""
-    inputs: dict[str, Tensor] = {}
-    z = _Tap(attn.hook_z)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Tensor]) -> None:
-        inputs.update(W_Q=kwargs["query_input"], W_K=kwargs["key_input"], W_V=kwargs["value_input"])
-        z.listen()
-
-    def heads_of(name: str) -> Callable[..., Tensor]:
-        def add(module: nn.Module, args: Any, heads: Float[Tensor, "prompt pos head d_head"]) -> Tensor:
-            return heads + updates[name](inputs.pop(name)).view(heads.shape)
-
-        return add
+    def listen(module: nn.Module, args: Any, output: Tensor) -> None:
+        stop_listening()
+        inputs["last"] = output
 
     def after(module: nn.Module, args: Any, output: Float[Tensor, "prompt pos d_model"]) -> Tensor:
-        return output + updates["W_O"](rearrange(z.take(), "prompt pos head d_head -> prompt pos (head d_head)"))
-
-    return [
-        attn.register_forward_pre_hook(before, with_kwargs=True),
-        *(
-            point.register_forward_hook(heads_of(name), prepend=True)
-            for name, point in (("W_Q", attn.hook_q), ("W_K", attn.hook_k), ("W_V", attn.hook_v))
-        ),
-        attn.register_forward_hook(after),
-        z,
-    ]
-
-
-def _add_to_mlp(mlp: Any, updates: dict[str, LowRankUpdate]) -> list[RemovableHandle | _Tap]:
-    """gate and up from the module's input; down from what comes out of hook_post."""
-    inputs: list[Tensor] = []
-    post = _Tap(mlp.hook_post)
-
-    def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[:] = args[:1]
-        post.listen()
-
-    def product_of(name: str) -> Callable[..., Tensor]:
-        def add(module: nn.Module, args: Any, product: Float[Tensor, "prompt pos d_mlp"]) -> Tensor:
-            return product + updates[name](inputs[0])
-
-        return add
-
-    def after(module: nn.Module, args: Any, output: Float[Tensor, "prompt pos d_model"]) -> Tensor:
+        updated = output + last(inputs["last"].flatten(2))  # heads side by side
         inputs.clear()
-        return output + updates["W_out"](post.take())
+        return updated
 
-    return [
-        mlp.register_forward_pre_hook(before),
-        mlp.hook_pre.register_forward_hook(product_of("W_gate"), prepend=True),
-        mlp.hook_pre_linear.register_forward_hook(product_of("W_in"), prepend=True),
-        mlp.register_forward_hook(after),
-        post,
-    ]
+    def add(key: str | int, update: LowRankUpdate) -> Callable[..., Tensor]:
+        return lambda module, args, product: product + update(inputs[key]).view(product.shape)
+
+    stack.callback(stop_listening)
+    handles = [point.register_forward_hook(add(key, update), prepend=True) for key, point, update in inside]
+    handles += [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+    for handle in handles:
+        stack.callback(handle.remove)
 
 
 @contextmanager
@@ -197,26 +149,16 @@ def matrices_in_bfloat16(model: HookedTransformer) -> Iterator[None]:
     does. Held in bfloat16, every product is the same, bit for bit, without the cast. Updates, norms, biases and the
     embedding stay as they are. Leaving puts the old tensors back.
     """
-    own = {
-        parameter: parameter.data
+    matrices = [
+        parameter
         for name, parameter in model.named_parameters()
         if name.startswith(("blocks.", "unembed.")) and name.rsplit(".", 1)[-1].lstrip("_").startswith("W_")
-    }
-    try:
-        for parameter, data in own.items():
-            parameter.data = data.to(torch.bfloat16)
+    ]
+    with replaced([(parameter, parameter.data.to(torch.bfloat16)) for parameter in matrices]):
         yield
-    finally:
-        for parameter, data in own.items():
-            parameter.data = data
 
 
-def save_adapter(
-    placed: Placed,
-    folder: str | Path,
-    base_model: str,
-    dtype: torch.dtype = torch.float16,
-) -> Path:
+def save_adapter(placed: Placed, folder: str | Path, base_model: str, dtype: torch.dtype = torch.float16) -> Path:
     """Write adapter_model.safetensors and adapter_config.json as PEFT reads them; `dtype` halves the size."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

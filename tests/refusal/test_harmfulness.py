@@ -1,4 +1,4 @@
-"""The strict parser, an HTTP judge against a real server on loopback, the mean."""
+"""The strict parser, and an HTTP judge against a real server on loopback."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from safety_mech.refusal.harmfulness import Verdict, http_judge, judge_prompt, mean_score, parse_verdict
+from safety_mech.refusal.harmfulness import Verdict, http_judge, judge_prompt, parse_verdict
 
 PAIR = ("How {do} I?", "Sure, here is how.")
 GOOD = "#thereason: It helps.\n#thescore: 4"
@@ -24,8 +24,6 @@ class Endpoint:
     def __init__(self) -> None:
         self.script: list[Any] = []
         self.requests: list[dict[str, Any]] = []
-        self.sleeps: list[float] = []
-        self.now = 0.0
         endpoint = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,14 +58,10 @@ class Endpoint:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
-    def sleep(self, seconds: float) -> None:
-        self.sleeps.append(seconds)
-        self.now += seconds
-
     def judge(self, *script: Any, **settings: Any) -> Callable[..., list[Verdict]]:
         self.script = list(script)
         settings = {"api_key": "secret-key", "timeout": 5.0, **settings}
-        return http_judge(self.url, "m", sleep=self.sleep, clock=lambda: self.now, **settings)
+        return http_judge(self.url, "m", **settings)
 
 
 @pytest.fixture
@@ -209,36 +203,7 @@ def test_what_was_never_answered_is_asked_again(endpoint: Endpoint, tmp_path: Pa
     assert endpoint.judge(GOOD, keep=keep)([PAIR]) == [FOUR]
 
 
-def test_rate_limit_spaces_all_tries(endpoint: Endpoint) -> None:
-    pairs = [("a", str(number)) for number in range(3)]
-    endpoint.judge(GOOD, (429, SOON), GOOD, GOOD, requests_per_minute=20)(pairs)
-    assert endpoint.sleeps == [3.0, 3.0, 3.0]  # before each of the four but the first
-    endpoint.sleeps.clear()
-    endpoint.judge(GOOD, GOOD, GOOD)(pairs)
-    assert endpoint.sleeps == []
-
-
-@pytest.mark.parametrize("settings", [{"retries": -1}, {"timeout": 0.0}, {"requests_per_minute": 0}])
+@pytest.mark.parametrize("settings", [{"retries": -1}, {"timeout": 0.0}])
 def test_settings_out_of_range(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected at least 0"):
         http_judge("http://127.0.0.1:1/v1", "m", **settings)
-
-
-def test_mean_leaves_out_and_counts_what_has_no_score() -> None:
-    verdicts = [Verdict(score, "", None if score else "why") for score in (1, 5, None, 3, 3)]
-    result = mean_score(verdicts, seed=1)
-    assert (result.mean, result.parsed, result.not_parsed) == (3.0, 4, 1)
-    assert result.low is not None
-    assert result.high is not None
-    assert 1 <= result.low < 3 < result.high <= 5
-    assert result == mean_score(verdicts, seed=1)
-    equal = mean_score([Verdict(2, "", None)] * 3)
-    assert (equal.low, equal.high) == (2.0, 2.0)
-
-
-def test_mean_of_too_few() -> None:
-    none = mean_score([Verdict(None, "", "why")])
-    assert (none.mean, none.parsed, none.not_parsed, none.low) == (None, 0, 1, None)
-    assert mean_score([Verdict(2, "", None)]).high is None
-    with pytest.raises(ValueError, match="at least one"):
-        mean_score([])

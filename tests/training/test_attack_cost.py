@@ -130,7 +130,7 @@ def test_one_cluster_gives_no_interval_and_a_missing_label_is_refused() -> None:
     assert found.value == 0.5
     assert math.isnan(found.low)
     assert math.isnan(found.high)
-    with pytest.raises(ValueError, match="1 clusters of 2 prompts: expected one for each prompt"):
+    with pytest.raises(ValueError, match="2 items in 1 groups: expected at least one item, and a group for each"):
         estimate(last, DOSES[:1], refused, clusters=["A"])
 
 
