@@ -10,7 +10,7 @@
 
 Killed: a test failed (pytest's status 1, and a test's name). Anything else but status 0 is an error, and no kill: a
 mutant must be importable. They stand in results/mutants.json by mutant, source file and test files: a second run does
-what has changed. Tests that load the real model, and whole runs of scripts, are left out. The status is 1 below
+what has changed. Tests that load the real model, and long runs, are left out. The status is 1 below
 95 % killed.
 """
 
@@ -100,7 +100,7 @@ def in_child(tree: Path, tests: list[str], log: Path) -> int:
     os.environ["PYTHONPATH"] = str(tree)
     spec = importlib.util.find_spec("safety_mech")
     assert str(spec and spec.origin).startswith(str(tree)), f"the tests would run {spec}"
-    options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-m", "not real_model and not whole_run"]
+    options = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-m", "not real_model and not long_run"]
     status = importlib.import_module("pytest").main([*tests, *options])
     sys.stdout.flush()
     return int(status)

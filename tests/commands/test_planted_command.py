@@ -111,6 +111,20 @@ def test_a_slow_method_on_second_seeds_only_is_refused(config_for):
         planted.main(config_for(train=False, methods=("grid",), first_seed_methods=("grid",)))
 
 
+def test_slow_methods_are_run_on_first_seeds_only(config_for):
+    config = config_for(methods=("gap", "grid"), first_seed_methods=("grid",), seeds=(0, 1))
+    assert planted.methods_of(cell("5-10", None, seed=0).organism, config) == ["gap", "grid"]
+    assert planted.methods_of(cell("5-10", None, seed=1).organism, config) == ["gap"]
+
+
+def test_an_organism_at_the_limits_passes():
+    organism = cell("5-10", None).organism
+    least, most = planted.LEAST_MALICIOUS, planted.MOST_NORMAL
+    assert replace(organism, malicious=least, normal=most).passes
+    assert not replace(organism, malicious=least - 0.001, normal=most).passes
+    assert not replace(organism, malicious=least, normal=most + 0.001).passes
+
+
 def test_no_organisms(config_for):
     with pytest.raises(ValueError, match="no organism of design, held out, unlisted in"):
         planted.main(config_for(train=False))
@@ -165,6 +179,8 @@ def test_summary_by_hand():
     assert (row["start_error"], row["end_error"]) == (1.5, 1.5)
     assert row["sufficient_iou"].value == row["iou"].value, "here, all that was planted is needed"
     assert row["slope"].value == pytest.approx((17.5 - 7.5) / (14.5 - 7.5))
+    early = planted_report.summaries([cell("5-10", "2-7"), cell("12-17", "13-18")])["design"]["m"]
+    assert early["start_error"] == early["end_error"] == 2.0, "of 3 before and 1 behind"
     guess = planted_report.summaries(cells)["design"]["middle third"]
     assert guess["iou"].value == pytest.approx((1 / 15 + 6 / 10 + 2 / 14) / 3)
 

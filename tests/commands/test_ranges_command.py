@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import safety_mech as sm
 from safety_mech.commands import ranges, ranges_run
+from safety_mech.prompts import Drawn
 
 pytestmark = pytest.mark.usefixtures("short_alpha_curve")
 
@@ -75,6 +77,26 @@ def test_no_gap_is_an_answer(config_for: Callable[..., object]) -> None:
 def answer(found: sm.LayerRange | None) -> object:
     best = found or sm.LayerRange(0, 0)
     return ranges_run.Answer(found, best, None, 1.2, (0, 1), (2, 3), 0.5, 0.0, 0.2, "found")
+
+
+@pytest.mark.parametrize("side", ["above", "below"])
+def test_a_condition_reaches_the_search(config_for, tiny_model, monkeypatch, side):
+    reached = {}
+
+    def stands_in(*_: object, **settings: object) -> None:
+        reached.update(settings)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(sm, "locate", stands_in)
+    condition = ranges_run.Condition("m", "weights", side, "text", "alpaca", "set")
+    noise = torch.randn(2, 5, 6, 8, generator=torch.Generator().manual_seed(0))
+    start = ranges_run.Start({"m": sm.gap_curve(*noise, bootstrap=100, permutations=100)}, sm.LayerRange(1, 2))
+    drawn = Drawn(PROMPTS, [0, 1, 2, 3], ["a", "a", "b", "b"])
+    with pytest.raises(ValueError, match="seen"):
+        ranges_run.search(tiny_model, condition, start, {"set": drawn}, config_for(window=3, seed=4))
+    expected = {"above": side == "above", "recipe": "weights", "text": True, "template": "alpaca", "window": 3}
+    expected |= {"seed": 4, "samples": 20, "initial": sm.LayerRange(1, 2), "clusters": drawn.clusters}
+    assert {name: reached[name] for name in expected} == expected
 
 
 def test_overlaps_by_hand() -> None:

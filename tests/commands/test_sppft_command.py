@@ -24,6 +24,7 @@ from safety_mech.refusal.rates import responses
 from safety_mech.stats import Estimate, Rate
 from safety_mech.training import alignment, attacks
 from safety_mech.training.attacks import implicit_data, triggered
+from safety_mech.training.loop import StepRecord
 from safety_mech.training.pairs import Answer, choosing_and_reporting, load_instructions
 
 PAIRS = [
@@ -209,6 +210,22 @@ def test_restoring_is_bit_for_bit(bench_for: Callable[..., Any]) -> None:
 def test_bad_settings_are_refused(config_for: Callable[..., Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sppft.main(config_for(**changes))
+
+
+def test_two_steps_are_enough(config_for: Callable[..., Any]) -> None:
+    sppft.check_config(config_for(n_examples=4, batch_size=2, doses=(2,), attacks=("normal",)))
+
+
+def test_nothing_is_measured_on_prompts_that_were_trained_on(shipped: Callable[..., Any]) -> None:
+    data, config = shipped(), sppft.SppftConfig()
+    for prompt in (data.malicious_train[0], data.aligned_on[0]):
+        with pytest.raises(ValueError, match="1 prompts of --malicious malicious:test are trained on"):
+            sppft.check_disjoint(config, replace(data, malicious=Drawn([prompt], [0], None)))
+
+
+def test_a_preference_is_one_example_of_the_attacker() -> None:
+    step = StepRecord(step=0, loss=1.0, learning_rate=1.0, grad_norm=1.0, examples=8)
+    assert [sppft_cells.count_of(name)(step) for name in ("full", "sppft", "dpo")] == [8, 8, 4]
 
 
 def write_locate_run(folder: Path, stamp: str, model: str, search: Any, fingerprint: str | None) -> None:
