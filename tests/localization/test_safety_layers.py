@@ -122,6 +122,7 @@ def test_no_gap_is_a_result_with_a_reason(tiny_model, prompts):
     assert torch.equal(found.curve.gap, gap_curve(*residuals).gap)
 
 
+@pytest.mark.slow
 def test_a_given_alpha_and_range(run, refusing_model, prompts):
     found = run(alpha=0.3, whole_grid=True)
     ranges = ScaledRanges(refusing_model, prompts, 0.3, phrases=PHRASES)

@@ -76,6 +76,7 @@ def test_too_few_words_for_a_rate():
     assert is_degenerate(" ".join(["no"] * DEGENERATE_MIN_WORDS))
 
 
+@pytest.mark.slow
 @given(st.text(max_size=400))
 @settings(max_examples=50, deadline=None)
 def test_any_text_gets_a_verdict(text: str):

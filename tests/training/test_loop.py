@@ -245,6 +245,7 @@ def test_mean_loss_is_the_mean_over_tokens(model):
 # --- what moves ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("frozen", [None, LayerRange(1, 2), [LayerRange(0, 0), LayerRange(3, 3)]])
 @pytest.mark.parametrize("freeze_norms", [False, True])
 def test_frozen_parameters_are_bit_identical_and_every_other_one_moves(fresh_tiny_model, frozen, freeze_norms):
@@ -285,6 +286,7 @@ def gradients(monkeypatch) -> list[list[Tensor]]:
     return seen
 
 
+@pytest.mark.slow
 def test_what_is_frozen_has_neither_gradient_nor_state(fresh_tiny_model, monkeypatch):
     model, frozen = fresh_tiny_model, LayerRange(1, 2)
     made: list[torch.optim.AdamW] = []
@@ -651,6 +653,7 @@ def train_until(model: HookedTransformer, step: int, checkpoint: Path, monkeypat
             train(model, config=LONG, checkpoint=checkpoint, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kills", [[1], pytest.param([2], marks=pytest.mark.slow), pytest.param([3, 8], marks=pytest.mark.slow)]
 )
