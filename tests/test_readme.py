@@ -3,9 +3,12 @@
 import contextlib
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text("utf-8")
 
@@ -17,7 +20,7 @@ def blocks(language: str) -> list[str]:
 def test_it_is_short_and_its_code_is_narrow() -> None:
     assert len(README.splitlines()) <= 150
     assert [
-        line for block in re.findall(r"```.*?```", README, re.DOTALL) for line in block.splitlines() if len(line) > 100
+        line for block in re.findall(r"```.*?```", README, re.DOTALL) for line in block.splitlines() if len(line) > 96
     ] == []
 
 
@@ -29,6 +32,26 @@ def test_its_python_compiles_and_its_links_lead_somewhere() -> None:
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)]
     missing = [link for link in links if link and "://" not in link and not (root / link).exists()]
     assert missing == []
+
+
+COLUMN = """<style>body { margin: 0 auto; width: 830px; font: 16px sans-serif }
+pre { overflow: auto; padding: 16px; font: 13.6px monospace } td, th { border: 1px solid; padding: 6px 13px }
+table { display: block; overflow: auto } img { max-width: 100% }</style>"""
+"""Of a repository's page on GitHub in a window of 1280 px: 830 px wide, code in 13.6 px."""
+
+
+@pytest.mark.slow
+def test_nothing_has_to_be_scrolled_sideways_at_1280_pixels(open_file: Callable[[Path], Any], tmp_path: Path) -> None:
+    page = tmp_path / "readme.html"
+    body = MarkdownIt("commonmark").enable("table").render(README)
+    page.write_text(COLUMN + body + f"<pre id='control'>{'x' * 101}</pre>")
+    opened = open_file(page)
+    opened.driver.set_window_size(1280, 900)
+    wide = opened.run(
+        "return [...document.querySelectorAll('body, pre, table')].filter(e => e.scrollWidth > e.clientWidth)"
+        ".map(e => e.id || e.innerText.slice(0, 60))"
+    )
+    assert wide == ["control"]
 
 
 @pytest.mark.real_model
