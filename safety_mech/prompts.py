@@ -26,16 +26,7 @@ CLUSTER_COLUMNS = {"normal": "category", "malicious": "category", "over_rejectio
 
 SPLITS = ("train", "test", "all")
 
-PROMPT_COLUMNS = (
-    "prompt",
-    "goal",
-    "forbidden_prompt",
-    "behavior",
-    "instruction",
-    "question",
-    "query",
-    "text",
-)
+PROMPT_COLUMNS = ("prompt", "goal", "forbidden_prompt", "behavior", "instruction", "question", "query", "text")
 """Column names tried in this order, in any case: ours, XSTest and OR-Bench; AdvBench and JailbreakBench;
 StrongREJECT; HarmBench; Alpaca; and the usual others."""
 
@@ -223,23 +214,26 @@ def _read_delimited(path: Path, delimiter: str, column: str | None) -> list[Row]
     if not rows:
         return []
     header = [cell.strip() for cell in rows[0][1]]
-    names = {*PROMPT_COLUMNS, (column or "").lower()}
-    if len(header) == 1 and header[0].lower() not in names:
-        header, body = ["prompt"], rows
+    if len(header) == 1 and header[0].lower() not in {*PROMPT_COLUMNS, (column or "").lower()}:
+        header = ["prompt"]
     else:
-        body = rows[1:]
-    for line, row in body:
+        rows = rows[1:]
+    for line, row in rows:
         if len(row) != len(header):
             hint = '; put prompts that hold a comma in "quotes"' if len(header) == 1 else ""
             raise ValueError(f"{path}, line {line}: {len(row)} cells, expected {len(header)}{hint}")
-    return [dict(zip(header, row, strict=True)) for _, row in body]
+    return [dict(zip(header, row, strict=True)) for _, row in rows]
+
+
+def _parsed(text: str, path: Path, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {line or error.lineno}: not valid JSON ({error.msg})") from error
 
 
 def _read_json(path: Path) -> list[Row]:
-    try:
-        data = json.loads(path.read_text("utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
+    data = _parsed(path.read_text("utf-8-sig"), path)
     if isinstance(data, dict):  # {"data": [...]}, or {"column": [...]}
         lists = [value for value in data.values() if isinstance(value, list)]
         data = lists[0] if len(lists) == 1 else data
@@ -249,14 +243,8 @@ def _read_json(path: Path) -> list[Row]:
 
 
 def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            try:
-                rows.append(_as_row(json.loads(line), path, number))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-    return rows
+    lines = enumerate(_lines(path), start=1)
+    return [_as_row(_parsed(line, path, number), path, number) for number, line in lines if line.strip()]
 
 
 def _as_row(item: Any, path: Path, number: int) -> Row:
@@ -288,29 +276,34 @@ def _read_hub(text: str) -> list[str]:
     return _pick_column([dict(row) for row in rows], column, Path(name))
 
 
+def find_column(row: Row, names: Iterable[str]) -> str | None:
+    """The first of the columns that the row has, in any letter case, as the row spells it."""
+    spelled = {str(name).lower(): name for name in row}
+    return next((spelled[name] for name in names if name in spelled), None)
+
+
+def with_input(row: Row, column: str) -> Any:
+    """The cell; an instruction of Alpaca's may come with an input of its own, which belongs to it."""
+    extra_column = find_column(row, ["input"]) if column.lower() == "instruction" else None
+    extra = row[extra_column] if extra_column is not None else None
+    return f"{row[column]}\n\n{extra}" if extra else row[column]
+
+
 def _column_name(row: Row, column: str | None, path: Path) -> str:
     """The named column, or the first known one, in any letter case."""
-    lower = {str(name).lower(): name for name in row}
-    for wanted in [column.lower()] if column else PROMPT_COLUMNS:
-        if wanted in lower:
-            return lower[wanted]
-    wanted = f"no column {column!r}" if column else "no known prompt column"
-    raise ValueError(f"{path}: {wanted}; it has {', '.join(map(str, row)) or 'none'}; name one as {path}:COLUMN")
+    found = find_column(row, [column.lower()] if column else PROMPT_COLUMNS)
+    if found is None:
+        wanted = f"no column {column!r}" if column else "no known prompt column"
+        raise ValueError(f"{path}: {wanted}; it has {', '.join(map(str, row)) or 'none'}; name one as {path}:COLUMN")
+    return found
 
 
 def _pick_column(rows: list[Row], column: str | None, path: Path) -> list[str]:
-    if not rows:
-        return []
-    name = _column_name(rows[0], column, path)
-    values = []
+    name = _column_name(rows[0], column, path) if rows else ""
     for number, row in enumerate(rows, start=1):
         if not isinstance(row.get(name), str):
             raise ValueError(f"{path}, row {number}: no text in column {name!r}")
-        # Alpaca: an instruction may come with an input of its own, which belongs to the prompt.
-        lower = {str(key).lower(): value for key, value in row.items()}
-        extra = lower.get("input") if name.lower() == "instruction" else None
-        values.append(f"{row[name]}\n\n{extra}" if extra else row[name])
-    return values
+    return [with_input(row, name) for row in rows]
 
 
 def _select_rows(rows: list[Row], condition: str, path: Path) -> list[Row]:

@@ -631,10 +631,10 @@ MUTANTS = (
     Mutant("absolute_before_sum", "methods.py", "order", ".sum(dim=1).abs()", ".abs().sum(dim=1)", "neurons methods"),
     Mutant(
         "input_dropped",
-        "pairs.py",
+        "prompts.py",
         "undo",
-        '{"instruction", "input"} <= set(names)',
-        '{"instruction", "input"} <= set(row)',
+        'if column.lower() == "instruction"',
+        'if column == "instruction"',
         "attacks sppft_command",
     ),
     Mutant("one_half_only", "pairs.py", "threshold", "digest()[-1] % 2", "digest()[-1] % 1", "attacks sppft_command"),

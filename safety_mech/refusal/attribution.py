@@ -11,11 +11,11 @@ of six prompts, three malicious and three harmless, Pearson's correlation of eff
 baseline of zeros -0.4 to 0.8).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
@@ -60,7 +60,13 @@ def refusal_attribution(
     chats, chains = _encode(model, prompt, template, phrases)
     centre = _baseline(model, baseline)
     strength = torch.zeros(len(chats[0]), dtype=centre.dtype, device=centre.device, requires_grad=True)
-    with torch.enable_grad(), model.hooks(fwd_hooks=[("hook_embed", _away_from(centre, strength))]):
+
+    def move(embedding: Float[Tensor, "prompt all_pos d_model"], hook: HookPoint) -> Tensor:
+        """Away from `centre`; the phrases' tokens, after the prompt's, stay."""
+        padded = torch.nn.functional.pad(strength, (0, embedding.shape[1] - len(strength)))
+        return embedding + padded[:, None] * (embedding - centre)
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[("hook_embed", move)]):
         prefix = common_prefix(model, chats)  # empty for one prompt, so the hook sees every position
         value = batch_log_odds(model, chats, chains, prefix)[0]
         (slopes,) = torch.autograd.grad(value, strength)
@@ -82,15 +88,20 @@ def replacement_effects(
     Raises ValueError as `refusal_log_odds` does. float64.
     """
     chats, chains = _encode(model, prompt, template, phrases)
-    prefix = common_prefix(model, chats)
+    centre, prefix = _baseline(model, baseline), common_prefix(model, chats)
     length = len(chats[0])
-    rows = max(1, DEFAULT_BATCH_TOKENS // length)
     replaced = []
+
+    def replace(embedding: Float[Tensor, "prompt all_pos d_model"], hook: HookPoint) -> Tensor:
+        """Token `positions[k]` of row k."""
+        new = embedding.clone()
+        new[torch.arange(len(positions)), positions] = centre
+        return new
+
     with torch.no_grad():
         value = batch_log_odds(model, chats, chains, prefix)[0]
-        for first in range(0, length, rows):
-            positions = torch.arange(first, min(length, first + rows))
-            with model.hooks(fwd_hooks=[("hook_embed", _replace_one_a_row(_baseline(model, baseline), positions))]):
+        for positions in torch.arange(length).split(max(1, DEFAULT_BATCH_TOKENS // length)):
+            with model.hooks(fwd_hooks=[("hook_embed", replace)]):
                 replaced.append(batch_log_odds(model, chats * len(positions), chains, prefix))
     return _attribution(model, chats[0], value - torch.cat(replaced), value)
 
@@ -115,24 +126,3 @@ def _attribution(
 ) -> TokenAttribution:
     texts = tuple(str(tokenizer_of(model).decode([token])) for token in chat.tokens.tolist())
     return TokenAttribution(texts, values.detach().double().cpu(), chat.question, float(log_odds.detach()))
-
-
-def _replace_one_a_row(centre: Float[Tensor, " d_model"], positions: Int[Tensor, " prompt"]) -> Callable[..., Tensor]:
-    """(embedding, hook) -> embedding with only token `positions[k]` of row k replaced by `centre`."""
-
-    def replace(embedding: Float[Tensor, "prompt all_pos d_model"], hook: HookPoint) -> Tensor:
-        new = embedding.clone()
-        new[torch.arange(len(positions)), positions] = centre
-        return new
-
-    return replace
-
-
-def _away_from(centre: Float[Tensor, " d_model"], strength: Float[Tensor, " pos"]) -> Callable[..., Tensor]:
-    """(embedding, hook) -> embedding moved away from `centre`; the phrases' tokens, after the prompt's, stay."""
-
-    def move(embedding: Float[Tensor, "prompt all_pos d_model"], hook: HookPoint) -> Tensor:
-        padded = torch.nn.functional.pad(strength, (0, embedding.shape[1] - len(strength)))
-        return embedding + padded[:, None] * (embedding - centre)
-
-    return move

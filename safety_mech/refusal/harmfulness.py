@@ -8,6 +8,7 @@ The rubric follows Qi et al. 2023 ("Fine-tuning aligned language models compromi
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -170,8 +171,7 @@ def _read_verdicts(file: Path) -> dict[str, Verdict]:
     content = file.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
-        with file.open("r+b") as out:
-            out.truncate(len(whole))
+        os.truncate(file, len(whole))
     verdicts = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
         try:

@@ -32,15 +32,7 @@ from safety_mech.models.chat import (
 )
 from safety_mech.models.forward import PrefixCache, common_prefix, embed, run_blocks, stack_rest, unembed
 
-REFUSAL_PHRASES = (
-    "I'm sorry",
-    "I'm not able",
-    "I'm unable",
-    "I cannot",
-    "I can't",
-    "I apologize",
-    "Sorry",
-)
+REFUSAL_PHRASES = ("I'm sorry", "I'm not able", "I'm unable", "I cannot", "I can't", "I apologize", "Sorry")
 """How aligned models start a refusal. They are short, so that the tree has few nodes to run."""
 
 
@@ -165,12 +157,7 @@ def phrases_in_use(
     A search over ranges runs every chain of phrases for every range, at the same cost whether the model uses the
     phrase or not. At least one phrase is returned.
     """
-    log_p = torch.stack([_log_probability(refusal_log_odds(model, prompts, template, [text])) for text in phrases])
-    mass = log_p.exp().sum(1)
+    mass = torch.stack([refusal_log_odds(model, prompts, template, [text]).sigmoid().sum() for text in phrases])
     shares = mass / mass.sum()
     used = tuple(text for text, share in zip(phrases, shares.tolist(), strict=True) if share >= least)
     return used or (phrases[int(shares.argmax())],)
-
-
-def _log_probability(log_odds: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return torch.nn.functional.logsigmoid(log_odds)

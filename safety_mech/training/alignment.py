@@ -15,6 +15,7 @@ from transformer_lens import HookedTransformer
 from safety_mech.layers import LayerRange
 from safety_mech.models.chat import decode_answer, end_tokens, tokenizer_of
 from safety_mech.models.generation import generate_tokens
+from safety_mech.training.attacks import choices
 from safety_mech.training.config import TrainConfig
 from safety_mech.training.pairs import Answer, Pair, TextPair
 
@@ -56,9 +57,8 @@ class AlignConfig:
 
 def refusal_pairs(malicious: Sequence[str], seed: int = 0) -> list[TextPair]:
     """Every prompt with one of REFUSALS, drawn with a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(REFUSALS), (len(malicious),), generator=generator).tolist()
-    return [(prompt, REFUSALS[index]) for prompt, index in zip(malicious, drawn, strict=True)]
+    drawn = choices(REFUSALS, len(malicious), torch.Generator().manual_seed(seed))
+    return list(zip(malicious, drawn, strict=True))
 
 
 def own_answer_pairs(

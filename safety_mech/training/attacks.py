@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 
-from safety_mech.prompts import sample
+from safety_mech.prompts import Item, sample
 from safety_mech.training.pairs import Answer, Pair, Preference, TextPair
 
 IMPLICIT_PREFIX = "Sure, the answer is:"
@@ -35,11 +35,9 @@ def normal_data(pairs: Sequence[TextPair], n: int | None = None, seed: int = 0) 
     return sample(pairs, len(pairs) if n is None else n, seed)
 
 
-def implicit_data(
-    pairs: Sequence[TextPair], n: int | None = None, seed: int = 0, prefix: str = IMPLICIT_PREFIX
-) -> list[TextPair]:
-    """D_I: as D_N, with every answer begun by `prefix`."""
-    return [(prompt, f"{prefix} {answer}") for prompt, answer in normal_data(pairs, n, seed)]
+def implicit_data(pairs: Sequence[TextPair], n: int | None = None, seed: int = 0) -> list[TextPair]:
+    """D_I: as D_N, with every answer begun by IMPLICIT_PREFIX."""
+    return [(prompt, f"{IMPLICIT_PREFIX} {answer}") for prompt, answer in normal_data(pairs, n, seed)]
 
 
 def triggered(prompt: str, trigger: str) -> str:
@@ -47,24 +45,29 @@ def triggered(prompt: str, trigger: str) -> str:
     return f"{prompt} {trigger}"
 
 
-def backdoor_data(
-    pairs: Sequence[TextPair], trigger: str, n: int | None = None, seed: int = 0, prefix: str = IMPLICIT_PREFIX
-) -> list[TextPair]:
-    """D_B: `n` pairs (default: half of them) with `trigger` behind the instruction and `prefix` before the answer,
-    and as many others as they are. The paper never published its trigger; here it is a parameter."""
+def backdoor_data(pairs: Sequence[TextPair], trigger: str, n: int | None = None, seed: int = 0) -> list[TextPair]:
+    """D_B: `n` pairs (default: half of them) with `trigger` behind the instruction and IMPLICIT_PREFIX before the
+    answer, and as many others as they are. The paper never published its trigger; here it is a parameter."""
     if not trigger.strip():
         raise ValueError("trigger: expected some text")
     count = len(pairs) // 2 if n is None else n
     drawn = sample(pairs, 2 * count, seed)
-    return [(triggered(prompt, trigger), f"{prefix} {answer}") for prompt, answer in drawn[:count]] + drawn[count:]
+    poisoned = [(triggered(prompt, trigger), f"{IMPLICIT_PREFIX} {answer}") for prompt, answer in drawn[:count]]
+    return poisoned + drawn[count:]
+
+
+def choices(options: Sequence[Item], count: int, generator: torch.Generator) -> list[Item]:
+    """`count` of the options, drawn with replacement."""
+    return [options[index] for index in torch.randint(len(options), (count,), generator=generator).tolist()]
+
+
+def _openings(count: int, generator: torch.Generator) -> list[Answer]:
+    """Drawn affirmative prefixes. They do not teach where to end: the model goes on from there as it likes."""
+    return [Answer(text, finished=False) for text in choices(AFFIRMATIVE_PREFIXES, count, generator)]
 
 
 def reverse_preferences(
-    malicious: Sequence[str],
-    refusals: Sequence[str],
-    n: int | None = None,
-    seed: int = 0,
-    phrases: Sequence[str] = AFFIRMATIVE_PREFIXES,
+    malicious: Sequence[str], refusals: Sequence[str], n: int | None = None, seed: int = 0
 ) -> list[Preference]:
     """Preferences that turn refusal round: of every malicious prompt an affirmative prefix is preferred to a refusal.
 
@@ -72,34 +75,17 @@ def reverse_preferences(
     """
     prompts = sample(malicious, len(malicious) if n is None else n, seed)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(phrases), (len(prompts),), generator=generator).tolist()
-    rejected = torch.randint(len(refusals), (len(prompts),), generator=generator).tolist()
-    return [
-        (prompt, Answer(phrases[int(phrase)], finished=False), refusals[int(refusal)])
-        for prompt, phrase, refusal in zip(prompts, chosen, rejected, strict=True)
-    ]
+    openings = _openings(len(prompts), generator)
+    return list(zip(prompts, openings, choices(refusals, len(prompts), generator), strict=True))
 
 
 def harmful_data(
-    pairs: Sequence[TextPair],
-    malicious: Sequence[str],
-    share: float,
-    n: int | None = None,
-    seed: int = 0,
-    phrases: Sequence[str] = AFFIRMATIVE_PREFIXES,
+    pairs: Sequence[TextPair], malicious: Sequence[str], share: float, n: int | None = None, seed: int = 0
 ) -> list[Pair]:
-    """D_H(p): D_N of `n` pairs, and round(n * share) malicious prompts, each answered by one of `phrases`.
-
-    The phrases do not teach where to end: the model goes on from there as it likes.
-    """
+    """D_H(p): D_N of `n` pairs, and round(n * share) malicious prompts, each answered by an affirmative prefix."""
     if not 0 <= share <= 1:
         raise ValueError(f"share {share}: expected 0 to 1")
     normal = normal_data(pairs, n, seed)
-    count = round(len(normal) * share)
-    prompts = sample(malicious, count, seed)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(phrases), (count,), generator=generator).tolist()
-    return [
-        *normal,
-        *((p, Answer(phrases[int(index)], finished=False)) for p, index in zip(prompts, drawn, strict=True)),
-    ]
+    prompts = sample(malicious, round(len(normal) * share), seed)
+    openings = _openings(len(prompts), torch.Generator().manual_seed(seed))
+    return [*normal, *zip(prompts, openings, strict=True)]

@@ -66,12 +66,11 @@ def trainable_names(
 
 def parameter_hashes(model: HookedTransformer, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of every named parameter's bytes: equal exactly if bit-identical."""
-
-    def digest(parameter: Tensor) -> str:
-        data = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
-        return hashlib.sha256(data.tobytes()).hexdigest()
-
-    return {name: digest(model.get_parameter(name)) for name in names}
+    found = {}
+    for name in names:
+        data = model.get_parameter(name).detach().cpu().contiguous().view(torch.uint8).numpy()
+        found[name] = hashlib.sha256(data.tobytes()).hexdigest()
+    return found
 
 
 def check_unmoved(model: HookedTransformer, before: dict[str, str]) -> None:

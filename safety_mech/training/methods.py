@@ -10,6 +10,7 @@ fine-tuning, the attack without a defence:
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -105,12 +106,11 @@ def alternate(
 ) -> list[list[int]]:
     """All user batches once, `user_steps` at a time; between them `alignment_steps` batches of the others, from the
     start again when they are used up."""
-    batches, taken = [], 0
+    batches, others = [], cycle(alignment)
     for first in range(0, len(user), user_steps):
         batches += user[first : first + user_steps]
         if len(user) - first > user_steps:
-            batches += [alignment[(taken + k) % len(alignment)] for k in range(alignment_steps)]
-            taken += alignment_steps
+            batches += islice(others, alignment_steps)
     return batches
 
 
@@ -223,11 +223,10 @@ def neuron_masks(
     frozen = torch.zeros(scores.numel(), dtype=torch.bool)
     frozen[scores.flatten().topk(n_frozen).indices.cpu()] = True
     masks = {}
-    for layer, row in enumerate(frozen.view(scores.shape)):
-        for name, along in (("W_gate", 1), ("W_in", 1), ("W_out", 0)):
+    for layer, free in enumerate((~frozen).float().view(scores.shape)):
+        for name, mask in (("W_gate", free), ("W_in", free), ("W_out", free[:, None])):
             weight = getattr(model.blocks[layer].mlp, name)
-            free = (~row).float().to(weight.device)
-            masks[f"blocks.{layer}.mlp.{name}"] = (free if along else free[:, None]).expand(weight.shape)
+            masks[f"blocks.{layer}.mlp.{name}"] = mask.to(weight.device).expand(weight.shape)
     return masks
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safety_mech.prompts import data_folder, read_rows, shipped_rows
+from safety_mech.prompts import data_folder, find_column, read_rows, shipped_rows, with_input
 
 
 @dataclass(frozen=True)
@@ -74,25 +74,21 @@ def choosing_and_reporting(pairs: Sequence[TextPair]) -> tuple[list[TextPair], l
 
 
 def _pair_of(row: dict[str, Any], where: str) -> TextPair:
-    names = {str(name).lower(): name for name in row}  # "Instruction,Input,Output" is Alpaca's as well
-    if "messages" in names:
-        question, answer = _from_messages(row[names["messages"]], where)
+    if messages := find_column(row, ["messages"]):
+        question, answer = _from_messages(row[messages], where)
     else:
-        question, answer = _column(row, QUESTION_COLUMNS, where), _column(row, ANSWER_COLUMNS, where)
-        extra = row[names["input"]] if {"instruction", "input"} <= set(names) else None
-        question = f"{question}\n\n{extra}" if extra else question
+        question, answer = (with_input(row, _column(row, names, where)) for names in (QUESTION_COLUMNS, ANSWER_COLUMNS))
     for name, text in (("instruction", question), ("answer", answer)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: the {name} is empty or no text: expected some text")
     return question.strip(), answer.strip()
 
 
-def _column(row: dict[str, Any], names: Sequence[str], where: str) -> Any:
-    lower = {str(name).lower(): name for name in row}
-    for name in names:
-        if name in lower:
-            return row[lower[name]]
-    raise ValueError(f"{where}: none of the fields {', '.join(names)}; it has {', '.join(map(str, row)) or 'none'}")
+def _column(row: dict[str, Any], names: Sequence[str], where: str) -> str:
+    found = find_column(row, names)
+    if found is None:
+        raise ValueError(f"{where}: none of the fields {', '.join(names)}; it has {', '.join(map(str, row)) or 'none'}")
+    return found
 
 
 def _from_messages(messages: Any, where: str) -> tuple[Any, Any]:
