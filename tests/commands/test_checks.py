@@ -37,6 +37,17 @@ def test_the_names_are_their_owners() -> None:
     assert ValidityConfig.__dataclass_fields__["statistic"].type == Statistic
 
 
+@pytest.mark.parametrize(
+    ("numbers", "rise"), [((1,), True), ((2, 4), True), ((), False), ((0, 1), False), ((2, 2), False)]
+)
+def test_numbers_that_rise_from_one(numbers: tuple[int, ...], rise: bool) -> None:
+    if rise:
+        checks.check_rising("doses", numbers)
+    else:
+        with pytest.raises(ValueError, match="expected rising numbers, from 1 on"):
+            checks.check_rising("doses", numbers)
+
+
 def test_the_defaults_of_align_are_the_recipe() -> None:
     recipe, run = AlignConfig(), AlignRun()
     assert (run.rank, run.n_over_rejection, run.seed) == (recipe.rank, recipe.n_over_rejection, recipe.seed)
