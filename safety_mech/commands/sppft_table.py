@@ -17,7 +17,7 @@ from safety_mech.prompts import Drawn, prompt_hash
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section, report_page
 from safety_mech.stats import Estimate, Rate
-from safety_mech.training.attack_cost import attack_cost, difference, estimate, refusals_retained
+from safety_mech.training.attack_cost import attack_cost, estimate, refusals_retained
 
 ALL_CONTROLS = "mean of the controls"
 
@@ -131,7 +131,9 @@ def against_controls(
     }
     controls = [values for name, values in others.items() if name in CONTROLS]
     compared = {name: [values] for name, values in others.items()} | ({ALL_CONTROLS: controls} if controls else {})
-    return {name: difference(refusals_retained, doses, own, rest, clusters=clusters) for name, rest in compared.items()}
+    return {
+        name: estimate(refusals_retained, doses, own, minus=rest, clusters=clusters) for name, rest in compared.items()
+    }
 
 
 def line_of(result: dict[str, Any]) -> str:
