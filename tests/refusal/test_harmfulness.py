@@ -141,7 +141,8 @@ def test_retries_exhausted_is_a_problem_and_the_next_pair_is_asked(endpoint: End
     assert f"HTTP {status}" in lost.problem
     assert "secret-key" not in lost.problem
     assert good == FOUR
-    assert len(endpoint.requests) == 4
+    asked = [request["messages"][0]["content"] for request in endpoint.requests]
+    assert asked == [judge_prompt(*PAIR)] * 3 + [judge_prompt("a", "b")]
 
 
 @pytest.mark.parametrize("step", ["I'd rather not.", "#thescore: 9", b"<html>", b"{}", b'{"choices": []}', b"[1]"])
