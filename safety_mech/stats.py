@@ -24,7 +24,7 @@ Weighted = Callable[[Float[Tensor, "sample item"]], Float[Tensor, " sample"]]
 
 @dataclass(frozen=True)
 class Rate:
-    """`count` of `total`, with the 95 % Wilson interval of the share."""
+    """`count` of `total`."""
 
     count: int
     total: int
@@ -35,21 +35,17 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson_interval(self.count, self.total)
+        """Wilson's 95 % score interval. It also holds near 0 and 1, where the usual +- interval is empty."""
+        from scipy.stats import binomtest  # a second to import, and only needed for a share
+
+        if not 0 <= self.count <= self.total or self.total == 0:
+            raise ValueError(f"{self.count} of {self.total}: expected 0 <= count <= total, and a total above 0")
+        interval = binomtest(self.count, self.total).proportion_ci(0.95, method="wilson")
+        return float(interval.low), float(interval.high)
 
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.count}/{self.total} = {self.share:.1%} [{low:.1%}, {high:.1%}]"
-
-
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share. It also holds near 0 and 1, where the usual +- interval is empty."""
-    from scipy.stats import binomtest  # a second to import, and only needed for a share
-
-    if not 0 <= count <= total or total == 0:
-        raise ValueError(f"{count} of {total}: expected 0 <= count <= total, and a total above 0")
-    interval = binomtest(count, total).proportion_ci(0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,13 @@ MUTANTS = (
     Mutant(
         "interval_too_narrow", "stats.py", "threshold", "tail = (1 - level) / 2", "tail = 1 - level", "stats angles"
     ),
-    Mutant("a_share_of_all_refused", "stats.py", "bound", "0 <= count <= total or", "0 <= count < total or"),
+    Mutant(
+        "a_share_of_all_refused",
+        "stats.py",
+        "bound",
+        "0 <= self.count <= self.total or",
+        "0 <= self.count < self.total or",
+    ),
     Mutant(
         "checkout_before_package",
         "prompts.py",

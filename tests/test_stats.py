@@ -22,7 +22,6 @@ from safety_mech.stats import (
     resampled_counts,
     score_range,
     slope,
-    wilson_interval,
 )
 
 R = LayerRange
@@ -139,13 +138,13 @@ def test_tails_lie_as_far_out_as_students(n, t):
     [(0, 10, (0.0, 0.2775)), (10, 10, (0.7225, 1.0)), (5, 10, (0.2366, 0.7634)), (81, 263, (0.2553, 0.3662))],
 )
 def test_wilson_interval_by_the_book(count: int, total: int, expected: tuple[float, float]) -> None:
-    assert wilson_interval(count, total) == pytest.approx(expected, abs=1e-4)
+    assert Rate(count, total).interval == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize(("count", "total"), [(-1, 5), (6, 5), (0, 0)])
 def test_wilson_interval_refuses_impossible_counts(count: int, total: int) -> None:
     with pytest.raises(ValueError, match="expected 0 <= count <= total"):
-        wilson_interval(count, total)
+        _ = Rate(count, total).interval
 
 
 def test_a_rate_says_its_interval() -> None:

@@ -15,7 +15,7 @@ from safety_mech.commands.sppft_cells import TRIGGER, TRIGGERED, Bench, Cell
 from safety_mech.prompts import Drawn, prompt_hash
 from safety_mech.reporting.tables import rows_table
 from safety_mech.stats import Estimate, Rate
-from safety_mech.training.attack_cost import attack_cost, difference, estimate, refusals_retained
+from safety_mech.training.attack_cost import attack_cost, estimate, refusals_retained
 
 ALL_CONTROLS = "mean of the controls"
 
@@ -84,8 +84,8 @@ class Results:
         others = {name: [self.readings(attack, name, "refused")[1]] for name in methods if name in ("full", *CONTROLS)}
         if controls := [values for name, (values,) in others.items() if name in CONTROLS]:
             others[ALL_CONTROLS] = controls
-        compared = partial(difference, refusals_retained, doses, own, clusters=self.clusters)
-        return {name: compared(rest) for name, rest in others.items()}
+        compared = partial(estimate, refusals_retained, doses, own, clusters=self.clusters)
+        return {name: compared(minus=rest) for name, rest in others.items()}
 
 
 def as_read(result: dict[str, Any], attack: str) -> dict[str, Any]:

@@ -45,15 +45,13 @@ def refusal_attribution(
 ) -> TokenAttribution:
     """Slope of the refusal log-odds, gradient times input, for every token of the prompt in its template.
 
-    Computed as the derivative with respect to a strength s_t at 0, with every embedding at e_t + s_t (e_t - baseline).
-
     A value a_t > 0 says that moving token t's embedding a little further from `baseline` raises the log-odds of a
     refusal, by a_t nats for each whole step. The default baseline is the mean embedding of the vocabulary.
 
-    A slope is not the effect of replacing the token, and may have another sign (`replacement_effects` measures the
-    effect). In a saturated model slopes are small even where the token decides. The values do not add up to the
-    log-odds, and they do not tell in which layer the token acts. A baseline of zeros gives gradient times embedding,
-    which sees little in models with a norm before every block, because the norm removes the length.
+    The effect of replacing the token may have another sign (`replacement_effects`). In a saturated model slopes are
+    small even where the token decides. The values do not add up to the log-odds, and they do not tell in which layer
+    the token acts. A baseline of zeros gives gradient times embedding, which sees little in models with a norm before
+    every block, because the norm removes the length.
 
     Raises ValueError as `refusal_log_odds` does. float64 values; exact up to the model's own precision.
     """

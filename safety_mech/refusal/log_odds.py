@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformers import PreTrainedTokenizerBase
 
@@ -109,7 +108,6 @@ def refusal_log_odds(
     phrases: Sequence[str] = REFUSAL_PHRASES,
     *,
     batch_tokens: int = DEFAULT_BATCH_TOKENS,
-    progress: bool = False,
 ) -> Float[Tensor, " prompt"]:
     """Log-odds (nats, float64) that the model answers each prompt with one of the refusal phrases.
 
@@ -117,16 +115,13 @@ def refusal_log_odds(
     """
     chats = encode_chat(tokenizer_of(model), prompts, template)
     chains = phrase_chains(tokenizer_of(model), template, phrases)
-    longest = max(chains, key=lambda chain: len(chain.tokens))
-    extended = append_chain(chats, longest)
+    extended = append_chain(chats, max(chains, key=lambda chain: len(chain.tokens)))
     check_context(extended, model.cfg.n_ctx)
     found = torch.empty(len(chats), dtype=torch.float64)
-    bar = tqdm(total=len(chats), desc="refusal log-odds", unit="prompt", disable=not progress)
-    with torch.no_grad(), bar:
+    with torch.no_grad():
         prefix = common_prefix(model, chats)  # ends before the chain, which is scored, also where all prompts are equal
         for indices in equal_length_batches([len(chat) - len(prefix) for chat in extended], batch_tokens):
             found[indices] = batch_log_odds(model, [chats[index] for index in indices], chains, prefix).cpu()
-            bar.update(len(indices))
     return found
 
 

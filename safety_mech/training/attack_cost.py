@@ -101,40 +101,25 @@ def estimate(
     examples: Float[Tensor, " point"],
     refused: Float[Tensor, "seed point prompt"],
     *,
+    minus: Sequence[Float[Tensor, "seed point prompt"]] = (),
     clusters: Sequence[Hashable] | None = None,
     draws: int = 1000,
     seed: int = 0,
 ) -> Estimate:
     """A summary of the mean curve (over seeds and prompts), with its 95 % bootstrap interval over both.
 
+    `minus`: the mean of the summaries of these is taken off; the same seeds and prompts are drawn for all: paired.
     `clusters`: the category of each prompt. Whole categories are then drawn with replacement, and the mean is over the
     prompts drawn, so that a category counts by its size. With one category there is no interval: its bounds are nan.
     `inf` is "not within the doses measured"; all is nan where nothing is refused at dose 0.
     Raises ValueError unless every prompt has a category.
     """
-    return difference(summary, examples, refused, [], clusters=clusters, draws=draws, seed=seed)
-
-
-def difference(
-    summary: Summary,
-    examples: Float[Tensor, " point"],
-    refused: Float[Tensor, "seed point prompt"],
-    others: Sequence[Float[Tensor, "seed point prompt"]],
-    *,
-    clusters: Sequence[Hashable] | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Estimate:
-    """`refused` minus the mean of `others`, by a summary; the same seeds and prompts are drawn for all: paired.
-
-    `clusters`, nan and errors as in `estimate`.
-    """
 
     def contrast(curves: Sequence[Float[Tensor, " point"]]) -> float:
-        own, *rest = (summary(examples, curve) for curve in curves)
-        return own - sum(rest) / len(rest) if rest else own
+        own, *others = (summary(examples, curve) for curve in curves)
+        return own - sum(others) / len(others) if others else own
 
-    compared = [values.double() for values in (refused, *others)]
+    compared = [values.double() for values in (refused, *minus)]
     samples = zip(*(_resampled(values, clusters, draws, seed) for values in compared), strict=True)
     value = contrast([values.mean(dim=(0, 2)) for values in compared])
     return Estimate(value, *_interval([contrast(curves) for curves in samples]))

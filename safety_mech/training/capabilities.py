@@ -34,8 +34,6 @@ from safety_mech.training.pairs import Pair
 
 LETTERS = ("A", "B", "C", "D")
 
-# --- ROUGE-L ----------------------------------------------------------------------------------------------------------
-
 
 def rouge_l_scores(answers: Sequence[str], references: Sequence[str]) -> Float[Tensor, " prompt"]:
     """ROUGE-L F1 (float64, 0 to 1) of every answer with its reference (§4), by Google's rouge-score with stemming.
@@ -64,16 +62,10 @@ def rouge_l_scores(answers: Sequence[str], references: Sequence[str]) -> Float[T
     return torch.tensor([score["rougeL"].fmeasure for score in found], dtype=torch.float64)
 
 
-# --- perplexity -----------------------------------------------------------------------------------------------------
-
-
 def perplexity(model: HookedTransformer, pairs: Sequence[Pair], template: str = "own") -> float:
     """exp of the mean negative log-likelihood per answer token, over all (prompt, answer) pairs."""
     config = TrainConfig(template=template)
     return math.exp(mean_loss(model, encode_examples(model, pairs, config), config))
-
-
-# --- multiple choice --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

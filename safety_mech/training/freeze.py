@@ -20,9 +20,7 @@ ParameterFilter = Callable[[str], bool]
 
 def frozen_layers(frozen: Frozen, n_layers: int) -> frozenset[int]:
     """All layers of one range or several; raises ValueError for a layer that the model does not have."""
-    if frozen is None:
-        return frozenset()
-    ranges = [frozen] if isinstance(frozen, LayerRange) else list(frozen)
+    ranges = [frozen] if isinstance(frozen, LayerRange) else frozen or ()
     return frozenset(layer for layers in ranges for layer in layers.check_inside(n_layers))
 
 

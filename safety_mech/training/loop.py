@@ -189,8 +189,6 @@ def _only_trained(model: HookedTransformer, names: Sequence[str]) -> Iterator[di
         set_flags(own)
 
 
-# --- master weights ---------------------------------------------------------------------------------------------------
-
 Copies = Sequence[tuple[nn.Parameter, nn.Parameter]]
 """Masters that are copies, each with its 16-bit parameter."""
 
@@ -200,12 +198,10 @@ def master_weights(trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Paramete
 
     Neighbouring bfloat16 numbers near 0.1 are 5e-4 apart, so a step of 1e-5 on the number itself is rounded away.
     """
-
-    def master(parameter: nn.Parameter) -> nn.Parameter:
-        low_precision = torch.finfo(parameter.dtype).bits < 32
-        return nn.Parameter(parameter.detach().float()) if low_precision else parameter
-
-    return {name: master(parameter) for name, parameter in trained.items()}
+    return {
+        name: nn.Parameter(own.detach().float()) if torch.finfo(own.dtype).bits < 32 else own
+        for name, own in trained.items()
+    }
 
 
 def _collect_gradients(copies: Copies) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from safety_mech import TrainConfig, fine_tune
 from safety_mech.refusal.rates import responses
-from safety_mech.training.attack_cost import attack_cost, difference, dose_meter, estimate, refusals_retained
+from safety_mech.training.attack_cost import attack_cost, dose_meter, estimate, refusals_retained
 from safety_mech.training.loop import StepRecord
 
 DOSES = torch.tensor([0.0, 10.0, 20.0, 40.0]).double()
@@ -69,11 +69,11 @@ def test_the_interval_covers_the_truth() -> None:
 def test_a_difference_is_paired_over_prompts() -> None:
     generator = torch.Generator().manual_seed(1)
     values = drawn(generator, [1.5, 0.8, 0.4, 0.1], 3, 60)
-    same = difference(refusals_retained, DOSES, values, [values, values])
+    same = estimate(refusals_retained, DOSES, values, minus=[values, values])
     assert (same.value, same.low, same.high) == (0, 0, 0)
     better = values.clone()
     better[:, 2] = values[:, 1]
-    found = difference(refusals_retained, DOSES, better, [values])
+    found = estimate(refusals_retained, DOSES, better, minus=[values])
     assert found.low > 0
     alone = estimate(refusals_retained, DOSES, better)
     assert found.high - found.low < alone.high - alone.low
@@ -85,7 +85,7 @@ def test_nothing_refused_at_dose_0_has_no_estimate() -> None:
     for found in (
         estimate(refusals_retained, DOSES, nothing),
         estimate(attack_cost, DOSES, nothing),
-        difference(refusals_retained, DOSES, nothing, [torch.ones(2, 4, 5).double()]),
+        estimate(refusals_retained, DOSES, nothing, minus=[torch.ones(2, 4, 5).double()]),
     ):
         assert all(math.isnan(value) for value in (found.value, found.low, found.high))
         assert str(found) == "undefined"
@@ -120,7 +120,7 @@ def test_an_interval_over_clusters_is_wider_where_prompts_of_one_agree() -> None
     whole = estimate(last, DOSES[:1], refused, clusters=clusters)
     assert whole.high - whole.low > 2 * (alone.high - alone.low)
     assert estimate(last, DOSES[:1], refused, clusters=list(range(48))) == alone, "each its own: as without clusters"
-    against = difference(last, DOSES[:1], refused, [0 * refused], clusters=clusters)
+    against = estimate(last, DOSES[:1], refused, minus=[0 * refused], clusters=clusters)
     assert against == whole, "a difference to nothing, over the same draws"
 
 
