@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-import numpy as np
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from safety_mech.attention.question import QuestionAttention, min_max
 from safety_mech.attention.word_classes import KINDS, WordShares, mean_interval
-from safety_mech.divergence.angles import GapCurve, GapStatistic, PairStats
+from safety_mech.divergence.angles import GapCurve, PairStats
 from safety_mech.layers import LayerRange
 from safety_mech.localization.alpha import MAX_DEGENERATE, AlphaChoice
 from safety_mech.localization.search import Sweep
 
+Line = Float[Tensor, " point"]
+Style = Mapping[str, Any]
+
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
-STYLES: tuple[dict[str, Any], ...] = (
+STYLES: tuple[Style, ...] = (
     {"color": ORANGE, "linestyle": "-", "marker": "o"},
     {"color": BLUE, "linestyle": "--", "marker": "s"},
     {"color": GREEN, "linestyle": "-.", "marker": "^"},
@@ -45,25 +48,30 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 6.0, height: floa
 
 
 def mark_range(ax: Axes, layers: LayerRange | None, label: str = "initial range") -> None:
-    """Shade the layers of a range; both of its ends are inside."""
+    """Shade the layers of a range."""
     if layers is not None:
-        span = (layers.start - 0.5, layers.end + 0.5)
-        ax.axvspan(
-            *span,
-            facecolor="#F0E442",
-            alpha=0.28,
-            hatch="//",
-            edgecolor="#B8AE20",
-            linewidth=0.0,
-            label=f"{label} {layers}",
-        )
+        look: dict[str, Any] = {"facecolor": "#F0E442", "alpha": 0.28, "hatch": "//", "edgecolor": "#B8AE20"}
+        ax.axvspan(*edges(layers), linewidth=0.0, label=f"{label} {layers}", **look)
+
+
+def edges(layers: LayerRange) -> tuple[float, float]:
+    """From where to where a range is drawn: both of its ends are inside."""
+    return layers.start - 0.5, layers.end + 0.5
 
 
 def layer_axis(ax: Axes, n_layers: int) -> None:
-    step = max(1, round(n_layers / 10))
-    ax.set_xticks(range(0, n_layers, step))
-    ax.set_xlim(-0.6, n_layers - 0.4)
-    ax.set_xlabel("layer (0 = first block)")
+    ticks = range(0, n_layers, max(1, round(n_layers / 10)))
+    ax.set(xticks=ticks, xlim=(-0.6, n_layers - 0.4), xlabel="layer (0 = first block)")
+
+
+def line_with_band(
+    ax: Axes, line: Line, low: Line, high: Line, label: str, style: Style, shade: float = 0.18, x: Line | None = None
+) -> None:
+    """A line in one of STYLES, and from `low` to `high` a band of its colour, as opaque as `shade`; `x`: by default the
+    layers, 0, 1, 2, ..."""
+    places = range(len(line)) if x is None else x
+    ax.plot(places, line, label=label, linewidth=1.4, **{"markersize": 3, **style})
+    ax.fill_between(places, low, high, color=style["color"], alpha=shade, linewidth=0)
 
 
 def plot_gap(curves: Mapping[str, GapCurve], ranges: Mapping[str, LayerRange | None], title: str = "") -> Figure:
@@ -76,11 +84,16 @@ def plot_gap(curves: Mapping[str, GapCurve], ranges: Mapping[str, LayerRange | N
     figure, (left, middle, right) = new_figure(columns=3, width=5.4)
     right.sharey(middle)
     name, first = next(iter(curves.items()))
-    _draw_cosines(left, first)
+    for kind, style in zip(("normal_malicious", "normal_normal", "malicious_malicious"), STYLES, strict=False):
+        stats: PairStats = getattr(first, kind)
+        band = (stats.cosine_mean - stats.cosine_std, stats.cosine_mean + stats.cosine_std)
+        label = f"{kind.replace('_', '-')} (mean, ±1 sd)"
+        line_with_band(left, stats.cosine_mean, *band, label, style, shade=0.12)
+    left.set_ylabel("cosine similarity at the last token")
     left.set_title(f"cosine of two prompts: {name}", fontsize=10)
     for (label, curve), style in zip(curves.items(), cycle(STYLES), strict=False):
-        _draw_gap(middle, curve, label, style)
-        _draw_gap(right, curve.symmetric, label, style)
+        for ax, part in ((middle, curve), (right, curve.symmetric)):
+            line_with_band(ax, part.gap, part.low, part.high, label, style)
         spread = curve.symmetric.spread_alone.numpy()
         right.plot(spread, color=style["color"], linewidth=0.9, linestyle=(0, (1, 2)), gid="spread alone")
     right.plot([], [], color="black", linewidth=0.9, linestyle=(0, (1, 2)), label="spread alone (same colour)")
@@ -101,41 +114,19 @@ def plot_gap(curves: Mapping[str, GapCurve], ranges: Mapping[str, LayerRange | N
     return figure
 
 
-def _draw_cosines(ax: Axes, curve: GapCurve) -> None:
-    parts: list[tuple[str, PairStats]] = [
-        ("normal-malicious", curve.normal_malicious),
-        ("normal-normal", curve.normal_normal),
-        ("malicious-malicious", curve.malicious_malicious),
-    ]
-    layers = np.arange(curve.n_layers)
-    for (label, stats), style in zip(parts, STYLES, strict=False):
-        mean, std = stats.cosine_mean.numpy(), stats.cosine_std.numpy()
-        ax.plot(layers, mean, label=f"{label} (mean, ±1 sd)", markersize=3, linewidth=1.4, **style)
-        ax.fill_between(layers, mean - std, mean + std, color=style["color"], alpha=0.12, linewidth=0)
-    ax.set_ylabel("cosine similarity at the last token")
-
-
-def _draw_gap(ax: Axes, curve: GapStatistic, label: str, style: Mapping[str, Any]) -> None:
-    layers = np.arange(curve.n_layers)
-    ax.plot(layers, curve.gap.numpy(), label=label, markersize=3, linewidth=1.4, **style)
-    ax.fill_between(layers, curve.low.numpy(), curve.high.numpy(), color=style["color"], alpha=0.18, linewidth=0)
-
-
 def plot_sweeps(sweeps: Sequence[Sweep], baseline: Tensor | None, unit: str) -> Figure:
     """The two lines of the (i, j) grid that the search saw; the best of each is marked, the baseline dotted."""
     figure, axes = new_figure(columns=len(sweeps), width=5.0)
     for ax, sweep, style in zip(axes, sweeps, STYLES, strict=False):
-        bounds = [layers.end if sweep.bound == "upper" else layers.start for layers in sweep.ranges]
-        held = sweep.best.start if sweep.bound == "upper" else sweep.best.end
+        moving, fixed = ("end", "start") if sweep.bound == "upper" else ("start", "end")
+        bounds = [getattr(layers, moving) for layers in sweep.ranges]
         ax.plot(bounds, sweep.values, **style, label="scaled")
         best = sweep.ranges.index(sweep.best)
         ax.plot(bounds[best], sweep.values[best], "*", color="black", markersize=14, label=f"best {sweep.best}")
         if baseline is not None:
             ax.axhline(float(baseline.mean()), color=GREY, linestyle=":", label="unscaled")
-        ax.set_xticks(bounds)
-        moving, fixed = ("end", "start") if sweep.bound == "upper" else ("start", "end")
-        ax.set_xlabel(f"{moving} of the scaled range (layer); {fixed} held at {held}")
-        ax.set_ylabel(unit)
+        held = f"{moving} of the scaled range (layer); {fixed} held at {getattr(sweep.best, fixed)}"
+        ax.set(xticks=bounds, xlabel=held, ylabel=unit)
         ax.legend(fontsize=8, frameon=False)
     return figure
 
@@ -155,10 +146,7 @@ def plot_alpha(choice: AlphaChoice, baseline: float) -> Figure:
     limit = f"degenerate answers stay under {MAX_DEGENERATE:.0%}"
     ax.axhline(MAX_DEGENERATE, color="black", linewidth=0.8, linestyle=(0, (1, 3)), label=limit)
     ax.axvline(choice.alpha, color="black", linewidth=1.0, label=f"alpha chosen: {choice.alpha}")
-    ax.set_xticks(alphas)
-    ax.set_xlabel("alpha (1 = unscaled)")
-    ax.set_ylabel("share of the prompts")
-    ax.set_ylim(-0.02, 1.02)
+    ax.set(xticks=alphas, xlabel="alpha (1 = unscaled)", ylabel="share of the prompts", ylim=(-0.02, 1.02))
     ax.legend(fontsize=8, frameon=False)
     return figure
 
@@ -175,8 +163,7 @@ def plot_grid(grid: Tensor, found: LayerRange | None, unit: str, best: LayerRang
         _mark_cell(ax, best, "D", f"best of the grid: {best}")
     if found is not None or best is not None:
         ax.legend(loc="upper left", fontsize=8, frameon=False)
-    ax.set_xlabel("end of the scaled range (layer)")
-    ax.set_ylabel("start of the scaled range (layer)")
+    ax.set(xlabel="end of the scaled range (layer)", ylabel="start of the scaled range (layer)")
     return figure
 
 
@@ -193,9 +180,8 @@ def plot_attention(attention: QuestionAttention, layers: LayerRange | None = Non
     `words.by_word(attention)` gives a column a word. The edges of `layers` are drawn across.
     """
     figure, (ax,) = new_figure(width=2.6 + 0.36 * len(attention.tokens), height=5.2)
-    image = _draw_attention(ax, attention, layers)
+    image = _draw_attention(ax, attention, layers, title or "attention of the last token over the question")
     figure.colorbar(image, ax=ax, label=_ATTENTION_LABEL)
-    ax.set_title(title or "attention of the last token over the question", fontsize=10)
     return figure
 
 
@@ -205,41 +191,32 @@ def plot_contrastive_pair(
     """The heatmaps of a contrastive pair side by side; each row is scaled within its own prompt."""
     columns = max(len(harmful.tokens), len(harmless.tokens))
     figure, axes = new_figure(columns=2, width=1.6 + 0.36 * columns, height=5.2)
-    images = [_draw_attention(ax, attention, layers) for ax, attention in zip(axes, (harmful, harmless), strict=True)]
-    for ax, name in zip(axes, ("harmful prompt", "harmless prompt"), strict=True):
-        ax.set_title(name, fontsize=10)
+    _draw_attention(axes[0], harmful, layers, "harmful prompt")
+    image = _draw_attention(axes[1], harmless, layers, "harmless prompt")
     axes[1].set_ylabel("")
-    figure.colorbar(images[0], ax=axes, label=_ATTENTION_LABEL)
+    figure.colorbar(image, ax=axes, label=_ATTENTION_LABEL)
     return figure
 
 
 _ATTENTION_LABEL = "attention of the last token, scaled per layer\n(0 = least of the question, 1 = most)"
 
 
-def _draw_attention(ax: Axes, attention: QuestionAttention, layers: LayerRange | None) -> AxesImage:
-    image = ax.imshow(
-        min_max(attention.weights).numpy(), cmap="cividis", origin="lower", aspect="auto", vmin=0.0, vmax=1.0
-    )
+def _draw_attention(ax: Axes, attention: QuestionAttention, layers: LayerRange | None, title: str) -> AxesImage:
+    image = ax.imshow(min_max(attention.weights).numpy(), cmap="cividis", origin="lower", aspect="auto", vmin=0, vmax=1)
     ax.grid(visible=False)
     labels = [token.strip() or repr(token)[1:-1] for token in attention.tokens]
     ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
     n_layers = len(attention.weights)
     ax.set_yticks(range(0, n_layers, max(1, round(n_layers / 10))))
     ax.set_ylabel("layer (0 = first block)")
-    _mark_rows(ax, layers)
+    ax.set_title(title, fontsize=10)
+    if layers is not None:
+        for edge in edges(layers):  # dashed white on black: seen on dark and on light cells
+            ax.axhline(edge, color="black", linewidth=2.4)
+            ax.axhline(edge, color="white", linewidth=1.2, linestyle=(0, (4, 2)))
+        beside: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "rotation": 90, "va": "center", "fontsize": 8}
+        ax.text(1.01, layers.centre, f"range {layers}", **beside)
     return image
-
-
-def _mark_rows(ax: Axes, layers: LayerRange | None) -> None:
-    """The edges of a range across a heatmap, dashed white on black: seen on dark and on light cells."""
-    if layers is None:
-        return
-    for edge in (layers.start - 0.5, layers.end + 0.5):
-        ax.axhline(edge, color="black", linewidth=2.4)
-        ax.axhline(edge, color="white", linewidth=1.2, linestyle=(0, (4, 2)))
-    ax.text(
-        1.01, layers.centre, f"range {layers}", transform=ax.get_yaxis_transform(), rotation=90, va="center", fontsize=8
-    )
 
 
 def plot_word_shares(shares: Mapping[str, WordShares], layers: LayerRange | None = None, level: float = 0.95) -> Figure:
@@ -252,16 +229,11 @@ def plot_word_shares(shares: Mapping[str, WordShares], layers: LayerRange | None
         mean, low, high = (100 * values for values in mean_interval(part.shares, level=level))
         equal = 100 * part.uniform.mean(dim=0)
         for index, (kind, style) in enumerate(zip(KINDS, STYLES, strict=False)):
-            x = np.arange(part.n_layers)
-            ax.plot(x, mean[:, index].numpy(), label=kind, markersize=3, linewidth=1.4, **style)
-            ax.fill_between(
-                x, low[:, index].numpy(), high[:, index].numpy(), color=style["color"], alpha=0.18, linewidth=0
-            )
+            line_with_band(ax, mean[:, index], low[:, index], high[:, index], kind, style)
             ax.axhline(float(equal[index]), color=style["color"], linestyle=style["linestyle"], linewidth=0.8)
         mark_range(ax, layers, "range")
         layer_axis(ax, part.n_layers)
-        ax.set_ylim(bottom=0)
-        ax.set_ylabel("share of the attention over the question (%)")
+        ax.set(ylim=(0, None), ylabel="share of the attention over the question (%)")
         ax.set_title(f"{name}: {len(part.shares)} prompts, {level:.0%} interval; thin: equal attention", fontsize=10)
         ax.legend(fontsize=8, frameon=False)
     return figure
@@ -278,8 +250,8 @@ def plot_dose(curves: Mapping[str, Mapping[str, tuple[Tensor, Tensor, Tensor]]],
         upper, lower = axes[column], axes[column + len(curves)]
         for (name, (doses, refused, log_odds)), style in zip(methods.items(), cycle(STYLES), strict=False):
             for ax, values in ((upper, 100 * refused), (lower, log_odds)):
-                ax.plot(doses, values.mean(0), label=name, markersize=4, linewidth=1.4, **style)
-                ax.fill_between(doses, values.amin(0), values.amax(0), color=style["color"], alpha=0.12, linewidth=0)
+                seeds = (values.mean(0), values.amin(0), values.amax(0))
+                line_with_band(ax, *seeds, name, {**style, "markersize": 4}, shade=0.12, x=doses)
         start = next(iter(methods.values()))[1][:, 0].mean()
         upper.axhline(50 * float(start), color="black", linestyle=":", linewidth=0.9, label="half of the refusals")
         lower.axhline(0, color="black", linewidth=0.8)
