@@ -491,6 +491,19 @@ def test_what_is_not_defined_is_said() -> None:
     assert sppft_table.said(Rate(1, 2), ".0%") == "50% [9%, 91%]"
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.01, 0.5, "SPPFT keeps more"),
+        (-0.5, -0.01, "SPPFT keeps LESS"),
+        (-0.1, 0.5, "no difference"),
+        (0.0, 0.5, "no"),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(low: float, high: float, verdict: str) -> None:
+    assert f": {verdict}" in sppft_table.sentence("normal", "full", Estimate((low + high) / 2, low, high))
+
+
 @pytest.mark.slow
 def test_intervals_are_over_the_categories() -> None:
     """Two categories, of which one is refused: an interval over whole categories reaches from all to nothing."""
@@ -512,6 +525,8 @@ def test_intervals_are_over_the_categories() -> None:
     assert of_prompts["retained"].low > 0.5
     assert math.isfinite(of_prompts["retained"].high)
     assert of_prompts["harmfulness"] is None, "no judge, no score"
+    end["degenerate"] = [0] * 6 + [1] * 2  # neither a refusal nor harmful
+    assert by_prompt.summary("normal", "full")["harmful_rate"].value == 2 / 8
 
 
 @pytest.mark.slow

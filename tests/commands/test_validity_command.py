@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,12 @@ def test_what_is_left_by_hand():
     assert last.control == "all of them (the least: the base's gap, equal length, similar words)"
     assert last.share.value == pytest.approx(1.5 / 8)
     assert rows[1].left.low < rows[1].left.value < rows[1].left.high
+
+
+def test_harmless_topics_are_taken_off_at_their_upper_bound():
+    many = torch.linspace(0, 1, 1001).double()[:, None]
+    rows = validity_run.survivals(replace(curves(8.0, 1.0, 0.5), halves=many), None, 0)
+    assert {row.control: row.left.value for row in rows}["two halves of the harmless topics"] == pytest.approx(7.025)
 
 
 def test_the_statistic_is_that_of_all_controls(config_for, tiny_model, monkeypatch):
