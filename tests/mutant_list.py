@@ -770,8 +770,8 @@ MUTANTS = (
         "second_seed_is_design",
         "planted.py",
         "order",
-        "and seed == config.seeds[0]\n",
-        "and seed == config.seeds[-1]\n",
+        "and seed == config.seeds[0] else",
+        "and seed == config.seeds[-1] else",
         "planted_command",
     ),
     Mutant(

@@ -37,15 +37,8 @@ def draw_sets(
     counts = {normal: n_prompts, malicious: n_prompts, over_rejection: n_over_rejection}
     drawn = {source: draw(source, count, seed) for source, count in counts.items()}
     pairs, rows = draw_pairs("test", n_prompts, seed)
-    prompts = PromptSets(
-        drawn[normal].prompts,
-        drawn[malicious].prompts,
-        drawn[over_rejection].prompts,
-        pairs,
-        drawn[over_rejection].clusters,
-        template,
-        seed=seed,
-    )
+    texts, clusters = {source: part.prompts for source, part in drawn.items()}, drawn[over_rejection].clusters
+    prompts = PromptSets(texts[normal], texts[malicious], texts[over_rejection], pairs, clusters, template, seed=seed)
     return prompts, {source: part.ids for source, part in drawn.items()} | {"pairs": rows}
 
 
@@ -93,25 +86,22 @@ class Answer:
     def range(self) -> sm.LayerRange | None:
         return self.found.range if self.found else None
 
-    @classmethod
-    def from_plain(cls, record: dict[str, Any]) -> "Answer":
-        found = Located.from_plain(record["found"]) if record["found"] else None
-        return cls(found, record["detail"], record["seconds"], record["n_layers"])
-
 
 def cached_answer(method: str, models: Models, prompts: PromptSets, out: str, experiment: str, label: str) -> Answer:
     """One locator's answer, from its file if it is there."""
     key = (method, models.fingerprints(method in BASE_METHODS), prompts.key())
     path = cell_path(out, experiment, models.name, label, *key, modules=LOCATOR_MODULES)
-    return Answer.from_plain(cached_json(path, partial(_locate, method, models, prompts)))
+    record = cached_json(path, partial(_locate, method, models, prompts))
+    found = Located.from_plain(record["found"]) if record["found"] else None
+    return Answer(**{**record, "found": found})
 
 
 def _locate(method: str, models: Models, prompts: PromptSets) -> dict[str, Any]:
     locator = base_locators(models.base)[method] if method in BASE_METHODS else LOCATORS[method]
     measured, started = models.measurements(prompts), perf_counter()
     found, detail = attempt(locator, measured)
-    answer = {"found": found.to_plain() if found else None, "detail": detail}
-    return {**answer, "seconds": perf_counter() - started, "n_layers": measured.n_layers}
+    timed = {"seconds": perf_counter() - started, "n_layers": measured.n_layers}
+    return {"found": found.to_plain() if found else None, "detail": detail, **timed}
 
 
 def load(name: str, adapter: str | None, config: Any) -> HookedTransformer:

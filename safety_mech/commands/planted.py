@@ -120,17 +120,14 @@ def check_config(config: PlantedConfig) -> None:
     check_model(model=config.model, template=config.template, out=config.out)
 
 
-def wanted(config: PlantedConfig) -> list[tuple[LayerRange, int]]:
-    """(planted range, seed) of all listed organisms, first seeds first: a run that is cut short has most ranges."""
-    texts = (*config.design, *config.held_out)
-    return [(LayerRange.parse(text), seed) for seed in config.seeds for text in texts]
-
-
-def role_of(planted: LayerRange, seed: int, config: PlantedConfig) -> Role:
-    if (planted, seed) not in wanted(config):
-        return "unlisted"
-    is_design = planted in [LayerRange.parse(text) for text in config.design] and seed == config.seeds[0]
-    return "design" if is_design else "held out"
+def wanted(config: PlantedConfig) -> dict[tuple[LayerRange, int], Role]:
+    """The role of all listed organisms by (planted range, seed), first seeds first: a run that is cut short has most
+    ranges."""
+    return {
+        (LayerRange.parse(text), seed): "design" if text in config.design and seed == config.seeds[0] else "held out"
+        for seed in config.seeds
+        for text in (*config.design, *config.held_out)
+    }
 
 
 def organism_name(planted: LayerRange, seed: int) -> str:
@@ -143,9 +140,9 @@ def adapters_folder(config: PlantedConfig) -> Path:
 
 def train_missing(config: PlantedConfig) -> None:
     """Train every listed organism of the wanted roles that has no recipe.json yet."""
-    for planted, seed in wanted(config):
+    for (planted, seed), role in wanted(config).items():
         recipe = adapters_folder(config) / organism_name(planted, seed) / "recipe.json"
-        if role_of(planted, seed, config) in config.roles and not recipe.is_file():
+        if role in config.roles and not recipe.is_file():
             print(f"organism {organism_name(planted, seed)} ...", flush=True)
             train_organism(planted, seed, config)
 
@@ -168,6 +165,6 @@ def find_organisms(config: PlantedConfig) -> list[Organism]:
             continue
         layers, seed = LayerRange(**planted), report["recipe"]["seed"]
         refused = {name: part["count"] / part["total"] for name, part in report["aligned"]["refused"].items()}
-        role = role_of(layers, seed, config)
+        role = wanted(config).get((layers, seed), "unlisted")
         found.append(Organism(path.parent, layers, seed, role, refused["malicious"], refused["normal"]))
     return sorted(found, key=lambda o: (o.role, o.planted, o.seed))

@@ -1,17 +1,21 @@
 """What planted.py shows: tables, summary, figures and page of every locator on every organism."""
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+import pandas as pd
 from matplotlib.figure import Figure
 
+from safety_mech.attention.question import min_max
 from safety_mech.commands.cells import Answer
 from safety_mech.commands.checks import BASE_METHODS, LOCATORS
-from safety_mech.commands.planted import Organism, Role
+from safety_mech.commands.planted import Organism
 from safety_mech.layers import LayerRange
 from safety_mech.localization.sufficiency import SUFFICIENT_SHARE, Transplants
-from safety_mech.reporting.plots import BLUE, ORANGE, new_figure
+from safety_mech.reporting.plots import BLUE, ORANGE, edges, new_figure
 from safety_mech.reporting.tables import rows_table
 from safety_mech.stats import (
     Estimate,
@@ -25,10 +29,10 @@ from safety_mech.stats import (
     slope,
 )
 
-GUESSES = ("middle third", "random range")
-"""Baselines that do not look at the model."""
 ORACLES = {f"sufficient {share:.0%}": share for share in (SUFFICIENT_SHARE, 0.95)}
-"""IoU of a locator that knows the minimal sufficient range for this share, and not what was trained."""
+"""Locators that know the minimal sufficient range for this share, and not what was trained."""
+
+Summary = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,19 +55,23 @@ class Cell:
 
     @property
     def sufficient_iou(self) -> float:
-        """With the minimal sufficient range."""
-        return overlap(self.range, self.transplants.minimal_sufficient_range() if self.transplants else None)
+        return overlap(self.range, self.sufficient_range())
+
+    def sufficient_range(self, share: float = SUFFICIENT_SHARE) -> LayerRange | None:
+        return self.transplants.minimal_sufficient_range(share) if self.transplants else None
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """IoU of guesses, which do not look at the model, and of ORACLES."""
+        planted, n_layers = self.organism.planted, self.answer.n_layers
+        guesses = {"middle third": middle_third(n_layers).iou(planted), "random range": random_iou(planted, n_layers)}
+        return guesses | {name: overlap(self.sufficient_range(share), planted) for name, share in ORACLES.items()}
 
 
 def cell_record(cell: Cell) -> dict[str, Any]:
-    parts = {"organism": cell.organism.name, "method": cell.method, "range": str(cell.range) if cell.range else None}
-    return {
-        **parts,
-        **asdict(cell.score),
-        "sufficient_iou": cell.sufficient_iou,
-        "detail": cell.answer.detail,
-        "seconds": cell.answer.seconds,
-    }
+    named = {"organism": cell.organism.name, "method": cell.method, "range": str(cell.range) if cell.range else None}
+    spent = {"detail": cell.answer.detail, "seconds": cell.answer.seconds}
+    return {**named, **vars(cell.score), "sufficient_iou": cell.sufficient_iou, **spent}
 
 
 def line_of(cell: Cell) -> str:
@@ -79,74 +87,54 @@ def by_organism(cells: Sequence[Cell]) -> dict[Organism, Cell]:
 
 
 def organism_record(cell: Cell) -> dict[str, Any]:
-    organism, found = cell.organism, cell.transplants
-    ranges = {name: found.minimal_sufficient_range(share) if found else None for name, share in ORACLES.items()}
-    transplants = found.to_plain() if found else None
-    return {**asdict(organism), "passes": organism.passes, **ranges, "transplants": transplants}
+    sufficient = {name: cell.sufficient_range(share) for name, share in ORACLES.items()}
+    transplants = cell.transplants.to_plain() if cell.transplants else None
+    return {**vars(cell.organism), "passes": cell.organism.passes, **sufficient, "transplants": transplants}
 
 
 def organism_table(cells: Sequence[Cell]) -> str:
     """How every organism refuses, and which part of the planted range suffices."""
-    rows = rows_table(organism_row(organism, cell.transplants) for organism, cell in by_organism(cells).items())
+    rows = rows_table(organism_row(organism, cell) for organism, cell in by_organism(cells).items())
     return f"{rows}\nsufficient: the narrowest range of its layers that alone gives the base this share of the margin"
 
 
-def organism_row(organism: Organism, found: Transplants | None) -> dict[str, object]:
+def organism_row(organism: Organism, cell: Cell) -> dict[str, object]:
     row: dict[str, object] = {"organism": organism.name, "planted": organism.planted, "seed": organism.seed}
     row |= {"role": organism.role, "malicious": f"{organism.malicious:.1%}", "normal": f"{organism.normal:.1%}"}
-    if found:
-        row |= {name: found.minimal_sufficient_range(share) for name, share in ORACLES.items()}
-        layer, share = found.best_single
-        row["best layer alone"] = f"{layer} ({share:.0%} of {found.gained:.1f} nats)"
+    if cell.transplants:
+        row |= {name: cell.sufficient_range(share) for name, share in ORACLES.items()}
+        layer, share = cell.transplants.best_single
+        row["best layer alone"] = f"{layer} ({share:.0%} of {cell.transplants.gained:.1f} nats)"
     return row if organism.passes else row | {"": "does not pass: not in the summary"}
 
 
 def cell_table(cells: Sequence[Cell]) -> str:
     """Range and IoU of every locator on every organism, and the IoU of guesses and oracles; empty where not run."""
-    rows: dict[str, dict[str, object]] = {}
+    rows: dict[str, dict[str, object]] = defaultdict(dict)
     for cell in cells:
-        row = rows.setdefault(cell.method, {"found, IoU": cell.method})
-        row[column_of(cell.organism)] = f"{cell.range} {cell.score.iou:.2f}"
-    for name in (*GUESSES, *ORACLES):
-        ious = {column_of(organism): baseline_iou(name, cell) for organism, cell in by_organism(cells).items()}
-        rows[name] = {"found, IoU": name, **ious}
-    return rows_table(rows.values())
+        rows[cell.method][column_of(cell.organism)] = f"{cell.range} {cell.score.iou:.2f}"
+    for organism, cell in by_organism(cells).items():
+        for name, iou in cell.baselines.items():
+            rows[name][column_of(organism)] = iou
+    return rows_table({"found, IoU": name, **row} for name, row in rows.items())
 
 
 def column_of(organism: Organism) -> str:
     return f"{organism.planted} s{organism.seed}"
 
 
-def baseline_iou(name: str, cell: Cell) -> float:
-    """What a guess or an oracle gets on a cell's organism."""
-    planted, found = cell.organism.planted, cell.transplants
-    if name == "middle third":
-        return middle_third(cell.answer.n_layers).iou(planted)
-    if name == "random range":
-        return random_iou(planted, cell.answer.n_layers)
-    return overlap(found.minimal_sufficient_range(ORACLES[name]) if found else None, planted)
-
-
-Summary = dict[str, Any]
-
-
 def summaries(cells: Sequence[Cell]) -> dict[str, dict[str, Summary]]:
     """By role, then by method; organisms that do not refuse as the aligned model does are left out."""
-    groups = {
-        role: [c for c in cells if c.organism.role == role and c.organism.passes] for role in sorted(roles(cells))
-    }
-    groups["all"] = [c for c in cells if c.organism.passes]
-    return {name: summary_of(part) for name, part in groups.items() if part}
-
-
-def roles(cells: Sequence[Cell]) -> set[Role]:
-    return {cell.organism.role for cell in cells}
+    passing = [cell for cell in cells if cell.organism.passes]
+    roles = sorted({cell.organism.role for cell in passing})
+    groups = {role: [cell for cell in passing if cell.organism.role == role] for role in roles}
+    return {name: summary_of(part) for name, part in {**groups, "all": passing}.items() if part}
 
 
 def summary_of(cells: Sequence[Cell]) -> dict[str, Summary]:
     """Means with 95 % intervals over planted ranges: two seeds of one range are drawn together, as one."""
     table: dict[str, Summary] = {}
-    for method in dict.fromkeys(cell.method for cell in cells):
+    for method in methods_of(cells):
         row = [cell for cell in cells if cell.method == method]
         planted = [str(cell.organism.planted) for cell in row]
         answered = [(cell, cell.range) for cell in row if cell.range is not None]
@@ -160,11 +148,14 @@ def summary_of(cells: Sequence[Cell]) -> dict[str, Summary]:
             "sufficient_iou": mean_estimate([cell.sufficient_iou for cell in row], planted),
             **centre_figures(answered),
         }
-    of_organism = by_organism(cells)
-    for name in (*GUESSES, *ORACLES):
-        ious = [baseline_iou(name, cell) for cell in of_organism.values()]
-        table[name] = {"organisms": len(ious), "iou": mean_estimate(ious, [str(o.planted) for o in of_organism])}
+    planted = [str(organism.planted) for organism in by_organism(cells)]
+    for name, ious in pd.DataFrame([cell.baselines for cell in by_organism(cells).values()]).items():
+        table[str(name)] = {"organisms": len(ious), "iou": mean_estimate(ious.tolist(), planted)}
     return table
+
+
+def methods_of(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(cell.method for cell in cells))
 
 
 def centre_figures(answered: Sequence[tuple[Cell, LayerRange]]) -> dict[str, Estimate]:
@@ -193,12 +184,13 @@ def summary_table(found: dict[str, dict[str, Summary]]) -> str:
 
 def summary_row(name: str, row: Summary) -> dict[str, object]:
     """Guesses and oracles have an IoU only; a locator's errors are in layers."""
-    errors = {"|start|": row.get("start_error"), "|end|": row.get("end_error")}
+    start, end = (None if row.get(key) is None else f"{row[key]:.1f}" for key in ("start_error", "end_error"))
     return {
         "locator": name,
         "n": row["organisms"],
         "IoU": row["iou"],
-        **{end: None if error is None else f"{error:.1f}" for end, error in errors.items()},
+        "|start|": start,
+        "|end|": end,
         "centre": f"{row['centre_hits']}/{row['organisms']}" if "centre_hits" in row else None,
         "IoU, sufficient": row.get("sufficient_iou"),
         "r of centres": row.get("correlation"),
@@ -220,7 +212,7 @@ def lead_of(found: dict[str, dict[str, Summary]]) -> str:
 
 def plot_ranges(cells: Sequence[Cell], n_layers: int) -> Figure:
     """One panel per locator, one column per organism: the planted range (wide, grey) and the found one (narrow)."""
-    methods = list(dict.fromkeys(cell.method for cell in cells))
+    methods = methods_of(cells)
     organisms = sorted({cell.organism for cell in cells}, key=lambda o: (o.planted.centre, o.planted.width, o.seed))
     columns = min(4, len(methods))
     figure, axes = new_figure(columns, -(-len(methods) // columns), width=3.2, height=2.6)
@@ -241,40 +233,32 @@ def plot_ranges(cells: Sequence[Cell], n_layers: int) -> Figure:
         ax.set_xticks(range(len(organisms)), [column_of(o) for o in organisms], rotation=90, fontsize=6)
         ax.set_ylim(-0.6, n_layers - 0.4)
         ax.set_ylabel("layer", fontsize=8)
-    figure.suptitle(
-        "hatched grey: planted; bar: found (blue: design, orange: held out); no bar: not run on second seeds",
-        fontsize=9,
-    )
+    legend = "hatched grey: planted; bar: found (blue: design, orange: held out); no bar: not run on second seeds"
+    figure.suptitle(legend, fontsize=9)
     return figure
 
 
-def plot_scores(cells: Sequence[Cell], n_layers: int) -> Figure:
+def plot_scores(cells: Sequence[Cell]) -> Figure:
     """Per-layer scores of every organism (row) by every locator (column), scaled to 0..1; planted ranges are shaded."""
-    methods = list(dict.fromkeys(cell.method for cell in cells))
-    organisms = list(dict.fromkeys(cell.organism for cell in cells))
+    methods, organisms = methods_of(cells), list(by_organism(cells))
     figure, axes = new_figure(len(methods), len(organisms), width=1.8, height=1.2)
     by_key = {(cell.organism, cell.method): cell for cell in cells}
-    for index, ax in enumerate(axes):
-        organism, method = organisms[index // len(methods)], methods[index % len(methods)]
+    for ax, (organism, method) in zip(axes, product(organisms, methods), strict=True):
         cell = by_key.get((organism, method))
         if cell is None:
             ax.set_visible(False)
             continue
-        ax.axvspan(organism.planted.start - 0.5, organism.planted.end + 0.5, color="#F0E442", alpha=0.4, linewidth=0)
+        ax.axvspan(*edges(organism.planted), color="#F0E442", alpha=0.4, linewidth=0)
         if cell.answer.found:
-            scores = cell.answer.found.scores - cell.answer.found.scores.min()
-            ax.plot(range(n_layers), (scores / scores.max().clamp_min(1e-12)).numpy(), color=BLUE, linewidth=1)
+            ax.plot(min_max(cell.answer.found.scores[None])[0].numpy(), color=BLUE, linewidth=1)
         if cell.range:
-            ends = (cell.range.start - 0.5, cell.range.end + 0.5)
-            ax.plot(ends, (-0.08, -0.08), color=ORANGE, linewidth=3, solid_capstyle="butt")
-        ax.set_ylim(-0.15, 1.05)
+            ax.plot(edges(cell.range), (-0.08, -0.08), color=ORANGE, linewidth=3, solid_capstyle="butt")
+        ax.set(ylim=(-0.15, 1.05), yticks=[])
         ax.tick_params(labelsize=5)
-        ax.set_yticks([])
-        if index < len(methods):
+        if organism == organisms[0]:
             ax.set_title(method, fontsize=7)
-        if index % len(methods) == 0:
+        if method == methods[0]:
             ax.set_ylabel(column_of(organism), fontsize=6)
-    figure.suptitle(
-        "scores by layer (each from its least to its greatest); shaded: planted; bar below: found", fontsize=8
-    )
+    legend = "scores by layer (each from its least to its greatest); shaded: planted; bar below: found"
+    figure.suptitle(legend, fontsize=8)
     return figure

@@ -4,22 +4,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safety_mech.commands import planted_report as shown
 from safety_mech.commands.cells import LOCATOR_MODULES, Models, cached_answer, draw_sets
 from safety_mech.commands.planted import Organism, PlantedConfig, methods_of
-from safety_mech.commands.planted_report import (
-    Cell,
-    by_organism,
-    cell_record,
-    cell_table,
-    lead_of,
-    line_of,
-    organism_record,
-    organism_table,
-    plot_ranges,
-    plot_scores,
-    summaries,
-    summary_table,
-)
 from safety_mech.commands.publish import publish
 from safety_mech.localization.measurements import PromptSets
 from safety_mech.localization.sufficiency import Transplants, transplant
@@ -32,13 +19,13 @@ TRANSPLANTED_PROMPTS = 32
 
 
 def run_planted(config: PlantedConfig, organisms: list[Organism]) -> Path:
+    sources = ("normal:test", "malicious:test", "over_rejection:test")
     counts = (config.n_prompts, config.n_over_rejection)
-    sets = ("normal:test", "malicious:test", "over_rejection:test")
-    prompts, drawn_ids = draw_sets(*sets, *counts, config.template, config.seed)
+    prompts, drawn_ids = draw_sets(*sources, *counts, config.template, config.seed)
     cells = [cell for organism in organisms for cell in measure(organism, prompts, config)]
-    n_layers, found = cells[0].answer.n_layers, summaries(cells)
-    text = "\n\n".join([organism_table(cells), cell_table(cells), summary_table(found)])
-    figures = {"ranges": plot_ranges(cells, n_layers), "scores": plot_scores(cells, n_layers)}
+    found = shown.summaries(cells)
+    text = "\n\n".join([shown.organism_table(cells), shown.cell_table(cells), shown.summary_table(found)])
+    figures = {"ranges": shown.plot_ranges(cells, cells[0].answer.n_layers), "scores": shown.plot_scores(cells)}
     ranges = "Found and planted layers: one panel per locator, one column per organism"
     scores = "Scores by layer: one row per organism, one column per locator; the planted range is shaded"
     return publish(
@@ -46,15 +33,15 @@ def run_planted(config: PlantedConfig, organisms: list[Organism]) -> Path:
         config,
         text,
         title="Do locators find the layers where refusals were planted?",
-        lead=lead_of(found),
+        lead=shown.lead_of(found),
         sections=[
             Section("Found against planted", [report.figure(figures["ranges"], ranges, wide=True)]),
             Section("Tables", [report.fixed_width(text)]),
             Section("Scores", [report.figure(figures["scores"], scores, wide=True)]),
         ],
         metrics={
-            "organisms": [organism_record(cell) for cell in by_organism(cells).values()],
-            "cells": [cell_record(cell) for cell in cells],
+            "organisms": [shown.organism_record(cell) for cell in shown.by_organism(cells).values()],
+            "cells": [shown.cell_record(cell) for cell in cells],
             "summary": found,
             "drawn_ids": {source.removesuffix(":test"): rows for source, rows in drawn_ids.items()},
         },
@@ -64,14 +51,14 @@ def run_planted(config: PlantedConfig, organisms: list[Organism]) -> Path:
     )
 
 
-def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> list[Cell]:
+def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> list[shown.Cell]:
     """Transplants and all locators on one organism. Models are loaded only if a cell is missing."""
     models, cells = Models(config.model, organism.folder, config.model), []
     transplants = cached_transplants(organism, models, prompts, config)
     for method in methods_of(organism, config):
         answer = cached_answer(method, models, prompts, config.out, "planted", f"{organism.name}-{method}")
-        cells.append(Cell(organism, transplants, method, answer))
-        print(line_of(cells[-1]), flush=True)
+        cells.append(shown.Cell(organism, transplants, method, answer))
+        print(shown.line_of(cells[-1]), flush=True)
     return cells
 
 
@@ -80,8 +67,8 @@ def cached_transplants(
 ) -> Transplants | None:
     """From its file, if it is there; None where training gained no margin."""
     key = (models.fingerprints(with_base=True), str(organism.planted), prompts.key(), TRANSPLANTED_PROMPTS)
-    label = f"{organism.name}-transplants"
-    path = cell_path(config.out, "planted", config.model, label, *key, modules=LOCATOR_MODULES)
+    parts = (config.out, "planted", config.model, f"{organism.name}-transplants")
+    path = cell_path(*parts, *key, modules=LOCATOR_MODULES)
     found = cached_json(path, partial(transplanted, organism, models, prompts))["transplants"]
     return Transplants.from_plain(found) if found else None
 

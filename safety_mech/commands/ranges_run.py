@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
@@ -66,13 +66,13 @@ def run_ranges(config: RangesConfig, sets: dict[str, Drawn]) -> Path:
     starts = {template: Start.measure(models, config, base_name, template) for template in config.templates}
     answers = {}
     for number, condition in enumerate(conditions, 1):
-        start = starts[condition.template]
-        path = path_of(condition, config, start.initial, sets[condition.prompts])
-        answers[condition] = answer_of(cached_json(path, partial(search_once, models, condition, start, sets, config)))
+        start, drawn = starts[condition.template], sets[condition.prompts]
+        answers[condition] = cached_search(models[condition.model], condition, start, drawn, config)
         progress = "  ".join(str(value) for value in row_of(condition, answers[condition]).values())
         print(f"{number}/{len(conditions)} {progress}", flush=True)
     agreement = overlaps(answers, config.model)
-    of_conditions, of_pairs = table(answers), overlap_table(agreement, answers, config.model)
+    own = [answer for condition, answer in answers.items() if condition.model == config.model]
+    of_conditions, of_pairs = rows_table(map(row_of, answers, answers.values())), overlap_table(agreement, own)
     figure = plot_answers(answers, models[config.model].cfg.n_layers)
     alt = "One bar per condition from start to end of the range, with the 90 % intervals of both; see the table"
     return publish(
@@ -80,7 +80,7 @@ def run_ranges(config: RangesConfig, sets: dict[str, Drawn]) -> Path:
         config,
         f"{of_conditions}\n\n{of_pairs}",
         title=f"Located ranges of {config.model}",
-        lead=lead_of(answers, agreement, config.model),
+        lead=lead_of(own, agreement),
         sections=[
             Section("Answers", [report.figure(figure, alt, wide=True), report.fixed_width(of_conditions)]),
             Section("Agreement", [report.fixed_width(of_pairs)]),
@@ -128,30 +128,29 @@ GAP_SETS = ("normal:test", "malicious:test")
 """Where the gap is measured that the search starts from."""
 
 
-def path_of(condition: Condition, config: RangesConfig, initial: sm.LayerRange | None, drawn: Drawn) -> Path:
-    """A search's file, named by all that its answer depends on."""
+def cached_search(model: Any, condition: Condition, start: Start, drawn: Drawn, config: RangesConfig) -> Answer:
+    """From its file if it is there, which is named by all that the answer depends on."""
     hashes = [prompt_hash(prompts) for prompts in (drawn.prompts, *map(sm.load_prompts, GAP_SETS))]
     numbers = (config.window, config.samples, config.seed)
-    key = (condition, model_fingerprint(condition.model), str(initial), hashes, drawn.clusters, numbers)
+    key = (condition, model_fingerprint(condition.model), str(start.initial), hashes, drawn.clusters, numbers)
     label = f"{condition.recipe}-{condition.alpha}-{condition.measure}"
-    return cell_path(config.out, "ranges", config.model, label, *key, modules=LOCATOR_MODULES)
+    path = cell_path(config.out, "ranges", config.model, label, *key, modules=LOCATOR_MODULES)
+    make = partial(search, model, condition, start, drawn, config)
+    record = cached_json(path, lambda: {"condition": condition, "answer": make()})
+    found = {name: value for name, value in record["answer"].items() if value is not None}
+    ranges = {name: sm.LayerRange(**found[name]) for name in ("found", "best", "initial") if name in found}
+    intervals = {name: tuple(found[name]) for name in ("start_interval", "end_interval") if name in found}
+    return Answer(**{**found, **ranges, **intervals})
 
 
-def search_once(
-    models: dict[str, Any], condition: Condition, start: Start, sets: dict[str, Drawn], config: RangesConfig
-) -> dict[str, Any]:
-    """One search with its condition: the content of a cell's file."""
-    return {"condition": condition, "answer": search(models[condition.model], condition, start, sets, config)}
-
-
-def search(model: Any, condition: Condition, start: Start, sets: dict[str, Drawn], config: RangesConfig) -> Answer:
+def search(model: Any, condition: Condition, start: Start, drawn: Drawn, config: RangesConfig) -> Answer:
     if start.initial is None:
         return Answer(reason="no gap that the rule accepts")
-    drawn = sets[condition.prompts]
+    normal, malicious = map(sm.load_prompts, GAP_SETS)
     found = sm.locate(
         model,
-        sm.load_prompts(GAP_SETS[0]),
-        sm.load_prompts(GAP_SETS[1]),
+        normal,
+        malicious,
         drawn.prompts,
         clusters=drawn.clusters,
         curve=start.curves[condition.model],
@@ -167,82 +166,70 @@ def search(model: Any, condition: Condition, start: Start, sets: dict[str, Drawn
     assert found.alpha is not None
     assert found.baseline is not None
     best = found.alpha.point.range
+    answer = Answer(initial=found.initial, alpha=found.alpha.alpha, reason=found.reason)
     if best is None:
-        return Answer(initial=found.initial, alpha=found.alpha.alpha, reason=found.reason)
+        return answer
     start_interval, end_interval = found.interval() or (None, None)
-    return Answer(
-        found.range,
-        best,
-        found.initial,
-        found.alpha.alpha,
-        start_interval,
-        end_interval,
-        found.samples[best] / found.samples.total(),
-        float(found.baseline.mean()),
-        found.effect.value if found.effect else None,
-        found.reason,
+    return replace(
+        answer,
+        found=found.range,
+        best=best,
+        start_interval=start_interval,
+        end_interval=end_interval,
+        agreement=found.samples[best] / found.samples.total(),
+        baseline=float(found.baseline.mean()),
+        effect=found.effect.value if found.effect else None,
     )
-
-
-def answer_of(record: dict[str, Any]) -> Answer:
-    """From a cached file."""
-    values = record["answer"]
-    for name in ("found", "best", "initial"):
-        values[name] = sm.LayerRange(**values[name]) if values[name] else None
-    for name in ("start_interval", "end_interval"):
-        values[name] = tuple(values[name]) if values[name] else None
-    return Answer(**values)
 
 
 def row_of(condition: Condition, answer: Answer) -> dict[str, object]:
     """A line of the table; where no range was found, with the reason alone."""
-    row: dict[str, object] = asdict(condition)
     if answer.best is None:
-        return row | {"note": answer.reason}
-    intervals = {"start 90%": answer.start_interval or "", "end 90%": answer.end_interval or ""}
-    rates = {"R_o": answer.baseline, "effect": f"{answer.effect:+.2f}", **intervals, "same": f"{answer.agreement:.0%}"}
-    return row | {
+        return {**asdict(condition), "note": answer.reason}
+    return {
+        **asdict(condition),
         "scaled by": str(answer.alpha),
         "range": answer.best,
-        **rates,
+        "R_o": answer.baseline,
+        "effect": f"{answer.effect:+.2f}",
+        "start 90%": answer.start_interval or "",
+        "end 90%": answer.end_interval or "",
+        "same": f"{answer.agreement:.0%}",
         "note": "" if answer.found else answer.reason,
     }
 
 
-def table(answers: dict[Condition, Answer]) -> str:
-    return rows_table(row_of(condition, answer) for condition, answer in answers.items())
-
-
 def overlaps(answers: dict[Condition, Answer], model: str) -> dict[str, dict[str, float]]:
-    """Mean IoU of the located ranges of all pairs of conditions, and of those that differ in one factor only."""
-    ranges = {c: a.found for c, a in answers.items() if c.model == model and a.found is not None}
-    pairs = [(c, d, ranges[c].iou(ranges[d])) for c, d in combinations(ranges, 2)]
-    groups: dict[str, list[float]] = {"all pairs": [iou for _, _, iou in pairs]}
-    for c, d, iou in pairs:
-        differing = [name for name in FACTORS if getattr(c, name) != getattr(d, name)]
+    """Mean IoU of the located ranges of all pairs of conditions, and of those that differ in one factor only; of the
+    base's answers, with those of the model under the same condition."""
+    located = {c: a.found for c, a in answers.items() if c.model == model and a.found is not None}
+    of_base = {c: a.best for c, a in answers.items() if c.model != model and a.best is not None}
+    pairs: list[tuple[str, float]] = []
+    for (c, first), (d, second) in combinations(located.items(), 2):
+        pairs.append(("all pairs", first.iou(second)))
+        differing = differing_factors(c, d)
         if len(differing) == 1:
-            groups.setdefault(f"only {differing[0]} differs", []).append(iou)
-    controls = [(c, a.best) for c, a in answers.items() if c.model != model and a.best is not None]
-    for c, best in controls:
-        matching = [r for d, r in ranges.items() if all(getattr(c, name) == getattr(d, name) for name in FACTORS)]
-        groups.setdefault("the base's answer", []).extend(best.iou(r) for r in matching)
-    table = pd.DataFrame(
-        [(name, iou) for name, ious in groups.items() for iou in ious], columns=pd.Index(["pair", "iou"])
-    )
-    of_groups = table.groupby("pair", sort=False)["iou"]
-    summary = pd.DataFrame(of_groups.agg(mean="mean", least="min", greatest="max", pairs="count"))
+            pairs.append((f"only {differing[0]} differs", first.iou(second)))
+    for (c, first), (d, second) in product(of_base.items(), located.items()):
+        if not differing_factors(c, d):
+            pairs.append(("the base's answer", first.iou(second)))
+    ious = pd.DataFrame(pairs, columns=pd.Index(["pair", "iou"])).groupby("pair", sort=False)["iou"]
+    summary = pd.DataFrame(ious.agg(mean="mean", least="min", greatest="max", pairs="count"))
     return {str(name): dict(part) for name, part in summary.to_dict(orient="index").items()}
 
 
-def overlap_table(agreement: dict[str, dict[str, float]], answers: dict[Condition, Answer], model: str) -> str:
+def differing_factors(first: Condition, second: Condition) -> list[str]:
+    return [name for name in FACTORS if getattr(first, name) != getattr(second, name)]
+
+
+def overlap_table(agreement: dict[str, dict[str, float]], own: list[Answer]) -> str:
     rows = [{"pairwise IoU of the located ranges": name, **part} for name, part in agreement.items()]
-    counted = Counter(str(answer.found) for condition, answer in answers.items() if condition.model == model)
+    counted = Counter(str(answer.found) for answer in own)
     listed = "answers: " + ", ".join(f"{layers} x{count}" for layers, count in counted.most_common())
     return f"{rows_table(rows)}\n{listed}" if rows else listed
 
 
-def lead_of(answers: dict[Condition, Answer], agreement: dict[str, dict[str, float]], model: str) -> str:
-    own = [answer for condition, answer in answers.items() if condition.model == model]
+def lead_of(own: list[Answer], agreement: dict[str, dict[str, float]]) -> str:
     located = sum(answer.found is not None for answer in own)
     lead = f"{located} of {len(own)} searches locate a range; the table says why the others do not."
     if "all pairs" in agreement:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,13 @@ def run_stability(config: StabilityConfig) -> Path:
     places, drawn_ids = list_places(config)
     models = Models(config.model, config.adapter, base_of(config.model, config.base))
     methods = [method for method in config.methods if method in LOCATORS or models.base_name]
-    answers: dict[str, dict[str, Answer]] = {method: {} for method in methods}
-    for method in methods:
-        for place, prompts in places.items():
-            answer = cached_answer(method, models, prompts, config.out, "stability", method)
-            answers[method][place] = answer
-            shown = str(answer.range) if answer.found else "not run"
-            print(f"{method:<16}{place:<40} {shown:<10}{answer.detail}", flush=True)
-    rows = [row for method in methods for row in overlaps(method, answers[method])]
+    answers: dict[tuple[str, str], Answer] = {}
+    for method, (place, prompts) in product(methods, places.items()):
+        answer = cached_answer(method, models, prompts, config.out, "stability", method)
+        answers[method, place] = answer
+        shown = str(answer.range) if answer.found else "not run"
+        print(f"{method:<16}{place:<40} {shown:<10}{answer.detail}", flush=True)
+    rows = [row for method in methods for row in overlaps(method, {place: answers[method, place] for place in places})]
     text = table(rows)
     halves = "; ".join(f"{row.method} {row.iou}" for row in rows if row.comparison == "disjoint halves")
     hashes = {place: prompts.hashes() for place, prompts in places.items()}
@@ -58,8 +58,7 @@ def run_stability(config: StabilityConfig) -> Path:
         metrics={
             "answers": {
                 f"{method}, {place}": answer.found.to_plain() if answer.found else None
-                for method in methods
-                for place, answer in answers[method].items()
+                for (method, place), answer in answers.items()
             },
             "overlaps": rows,
             "prompt_hashes": hashes,
@@ -75,11 +74,10 @@ def list_places(config: StabilityConfig) -> tuple[dict[str, PromptSets], dict[st
     places: dict[str, PromptSets] = {}
     drawn_ids: dict[str, list[int]] = {}
     for normal, malicious in zip(config.normal_sets, config.malicious_sets, strict=True):
-        sets = (normal, malicious, config.over_rejection)
         counts = (config.n_prompts, config.n_over_rejection)
-        prompts, ids = draw_sets(*sets, *counts, config.templates[0], config.seed)
-        places[f"set {Path(normal).name} {Path(malicious).name}"] = prompts
-        drawn_ids |= ids
+        drawn = draw_sets(normal, malicious, config.over_rejection, *counts, config.templates[0], config.seed)
+        places[f"set {Path(normal).name} {Path(malicious).name}"] = drawn[0]
+        drawn_ids |= drawn[1]
     first = next(iter(places.values()))
     places |= {f"template {name}": replace(first, template=name) for name in config.templates[1:]}
     for number in range(config.halvings):
@@ -127,14 +125,10 @@ def counted(ranges: Sequence[LayerRange | None]) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[Overlap]) -> str:
-    return rows_table(
-        {
-            "method": row.method,
-            "answers differ by": row.comparison,
-            "IoU, mean and 95 %": row.iou,
-            "pairs": row.pairs,
-            "answers": ", ".join(row.answers[:SHOWN])
-            + (f", and {len(row.answers) - SHOWN} others" if len(row.answers) > SHOWN else ""),
-        }
-        for row in rows
-    )
+    def listed(answers: Sequence[str]) -> str:
+        others = f", and {len(answers) - SHOWN} others" if len(answers) > SHOWN else ""
+        return ", ".join(answers[:SHOWN]) + others
+
+    columns = ("method", "answers differ by", "IoU, mean and 95 %", "pairs", "answers")
+    values = ((row.method, row.comparison, row.iou, row.pairs, listed(row.answers)) for row in rows)
+    return rows_table(dict(zip(columns, part, strict=True)) for part in values)

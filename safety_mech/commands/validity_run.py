@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -21,7 +21,7 @@ from safety_mech.divergence.resampling import Statistic, angle_matrix, labelled_
 from safety_mech.models.chat import encode_chat, tokenizer_of
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section
-from safety_mech.reporting.plots import STYLES, layer_axis, new_figure
+from safety_mech.reporting.plots import SKY, STYLES, layer_axis, line_with_band, new_figure
 from safety_mech.reporting.tables import rows_table
 from safety_mech.stats import Estimate, percentiles
 
@@ -94,9 +94,8 @@ def tensors_of(curves: Mapping[str, ModelCurves]) -> dict[str, Tensor]:
     """Every curve with its bounds, bootstrap samples and null; and the gaps of topics."""
     tensors = {}
     for name, of_model in curves.items():
-        for part in CURVES:
-            for leaf in ("gap", "low", "high", "samples", "null"):
-                tensors[f"{name}.{part}.{leaf}"] = getattr(getattr(of_model, part), leaf)
+        for part, leaf in product(CURVES, ("gap", "low", "high", "samples", "null")):
+            tensors[f"{name}.{part}.{leaf}"] = getattr(getattr(of_model, part), leaf)
         tensors |= {f"{name}.topics.halves": of_model.halves, f"{name}.topics.single": of_model.single}
     return tensors
 
@@ -111,10 +110,10 @@ def matched_prompts(model: HookedTransformer, sets: Sets, config: ValidityConfig
 
 def measure(model: HookedTransformer, sets: Sets, matched: Matched, config: ValidityConfig) -> ModelCurves:
     """Run every prompt once; all curves are computed from the same residual streams."""
-    pairs_n, pairs_m = [pair.normal for pair in sets.pairs], [pair.malicious for pair in sets.pairs]
+    pairs_n, pairs_m = zip(*((pair.normal, pair.malicious) for pair in sets.pairs), strict=True)
     normal, malicious, topics, pairs_n, pairs_m = (
         sm.last_token_residuals(model, prompts, config.template, progress=True)
-        for prompts in (sets.normal, sets.malicious, sets.topic_prompts, pairs_n, pairs_m)
+        for prompts in (sets.normal, sets.malicious, sets.topic_prompts, list(pairs_n), list(pairs_m))
     )
     options: dict[str, Any] = {"bootstrap": config.bootstrap, "permutations": config.permutations, "seed": config.seed}
 
@@ -187,15 +186,16 @@ def plot_controls(curves: Mapping[str, ModelCurves], statistic: Statistic = "pap
     """One panel per model: the raw gap with its interval, curves of the matched sets, and the null bands."""
     figure, axes = new_figure(columns=len(curves), width=6.5, height=4.6)
     for ax, (name, of_model) in zip(axes, curves.items(), strict=True):
-        band(ax, of_model.raw.null, f"{NULL_OF[statistic]}, 95 %", color="#999999")
-        band(ax, of_model.halves, "harmless topics in halves, 95 %", color="#56B4E9", hatch="\\\\")
+        layers, topics = range(of_model.raw.n_layers), percentiles(of_model.halves)
+        look: dict[str, Any] = {"alpha": 0.3, "linewidth": 0}
+        null = f"{NULL_OF[statistic]}, 95 %"
+        ax.fill_between(layers, *percentiles(of_model.raw.null), label=null, color="#999999", **look)
+        ax.fill_between(layers, *topics, label="harmless topics in halves, 95 %", color=SKY, hatch="\\\\", **look)
         largest, dotted = of_model.single.max(0).values.numpy(), (0, (1, 1))
         ax.plot(largest, color="black", linewidth=0.8, linestyle=dotted, label="one harmless topic, the largest")
         for (part, label), style in zip(CURVES.items(), STYLES, strict=False):
             curve: GapStatistic = getattr(of_model, part)
-            ax.plot(curve.gap.numpy(), label=label, markersize=3, linewidth=1.4, **style)
-            layers = range(curve.n_layers)
-            ax.fill_between(layers, curve.low, curve.high, color=style["color"], alpha=0.15, linewidth=0)
+            line_with_band(ax, curve.gap, curve.low, curve.high, label, style, shade=0.15)
         ax.axhline(0, color="black", linewidth=0.8)
         layer_axis(ax, of_model.raw.n_layers)
         ax.set_title(Path(name).name, fontsize=10)
@@ -205,9 +205,3 @@ def plot_controls(curves: Mapping[str, ModelCurves], statistic: Statistic = "pap
     for ax in axes:
         ax.set_ylim(min(limits), max(limits))
     return figure
-
-
-def band(ax: Axes, values: Float[Tensor, "sample layer"], label: str, color: str, hatch: str | None = None) -> None:
-    """The middle 95 % of the samples, layer by layer."""
-    look: dict[str, Any] = {"facecolor": color, "edgecolor": color, "alpha": 0.3, "hatch": hatch, "linewidth": 0}
-    ax.fill_between(range(values.shape[1]), *percentiles(values), label=label, **look)

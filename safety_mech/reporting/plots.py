@@ -12,7 +12,6 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from torch import Tensor
 
 from safety_mech.attention.question import QuestionAttention, min_max
@@ -89,23 +88,22 @@ def plot_gap(curves: Mapping[str, GapCurve], ranges: Mapping[str, LayerRange | N
         band = (stats.cosine_mean - stats.cosine_std, stats.cosine_mean + stats.cosine_std)
         label = f"{kind.replace('_', '-')} (mean, ±1 sd)"
         line_with_band(left, stats.cosine_mean, *band, label, style, shade=0.12)
-    left.set_ylabel("cosine similarity at the last token")
-    left.set_title(f"cosine of two prompts: {name}", fontsize=10)
     for (label, curve), style in zip(curves.items(), cycle(STYLES), strict=False):
         for ax, part in ((middle, curve), (right, curve.symmetric)):
             line_with_band(ax, part.gap, part.low, part.high, label, style)
         spread = curve.symmetric.spread_alone.numpy()
         right.plot(spread, color=style["color"], linewidth=0.9, linestyle=(0, (1, 2)), gid="spread alone")
     right.plot([], [], color="black", linewidth=0.9, linestyle=(0, (1, 2)), label="spread alone (same colour)")
-    panels = (
-        (middle, "angle gap (degrees)", f"normal-malicious minus normal-normal, {first.level:.0%} interval"),
-        (right, "symmetric gap (degrees)", f"minus the mean of both within, {first.level:.0%} interval"),
-    )
-    for ax, label, heading in panels:
-        ax.axhline(0, color="black", linewidth=0.8)
+    panels = {
+        "cosine similarity at the last token": f"cosine of two prompts: {name}",
+        "angle gap (degrees)": f"normal-malicious minus normal-normal, {first.level:.0%} interval",
+        "symmetric gap (degrees)": f"minus the mean of both within, {first.level:.0%} interval",
+    }
+    for ax, (label, heading) in zip((left, middle, right), panels.items(), strict=True):
         ax.set_ylabel(label)
         ax.set_title(heading, fontsize=10)
-    for ax in (left, middle, right):
+        if ax is not left:
+            ax.axhline(0, color="black", linewidth=0.8)
         mark_range(ax, ranges.get(name))
         layer_axis(ax, first.n_layers)
         ax.legend(fontsize=8, frameon=False)
@@ -179,44 +177,38 @@ def plot_attention(attention: QuestionAttention, layers: LayerRange | None = Non
 
     `words.by_word(attention)` gives a column a word. The edges of `layers` are drawn across.
     """
-    figure, (ax,) = new_figure(width=2.6 + 0.36 * len(attention.tokens), height=5.2)
-    image = _draw_attention(ax, attention, layers, title or "attention of the last token over the question")
-    figure.colorbar(image, ax=ax, label=_ATTENTION_LABEL)
-    return figure
+    return _attention_figure({title or "attention of the last token over the question": attention}, layers, margin=2.6)
 
 
 def plot_contrastive_pair(
     harmful: QuestionAttention, harmless: QuestionAttention, layers: LayerRange | None = None
 ) -> Figure:
     """The heatmaps of a contrastive pair side by side; each row is scaled within its own prompt."""
-    columns = max(len(harmful.tokens), len(harmless.tokens))
-    figure, axes = new_figure(columns=2, width=1.6 + 0.36 * columns, height=5.2)
-    _draw_attention(axes[0], harmful, layers, "harmful prompt")
-    image = _draw_attention(axes[1], harmless, layers, "harmless prompt")
-    axes[1].set_ylabel("")
-    figure.colorbar(image, ax=axes, label=_ATTENTION_LABEL)
-    return figure
+    return _attention_figure({"harmful prompt": harmful, "harmless prompt": harmless}, layers, margin=1.6)
 
 
-_ATTENTION_LABEL = "attention of the last token, scaled per layer\n(0 = least of the question, 1 = most)"
-
-
-def _draw_attention(ax: Axes, attention: QuestionAttention, layers: LayerRange | None, title: str) -> AxesImage:
-    image = ax.imshow(min_max(attention.weights).numpy(), cmap="cividis", origin="lower", aspect="auto", vmin=0, vmax=1)
-    ax.grid(visible=False)
-    labels = [token.strip() or repr(token)[1:-1] for token in attention.tokens]
-    ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
-    n_layers = len(attention.weights)
-    ax.set_yticks(range(0, n_layers, max(1, round(n_layers / 10))))
-    ax.set_ylabel("layer (0 = first block)")
-    ax.set_title(title, fontsize=10)
-    if layers is not None:
-        for edge in edges(layers):  # dashed white on black: seen on dark and on light cells
+def _attention_figure(panels: Mapping[str, QuestionAttention], layers: LayerRange | None, margin: float) -> Figure:
+    """A heatmap under each title; `margin`: the width of a panel beside its tokens."""
+    n_tokens = max(len(attention.tokens) for attention in panels.values())
+    figure, axes = new_figure(columns=len(panels), width=margin + 0.36 * n_tokens, height=5.2)
+    for ax, (title, attention) in zip(axes, panels.items(), strict=True):
+        scaled = min_max(attention.weights).numpy()
+        ax.imshow(scaled, cmap="cividis", origin="lower", aspect="auto", vmin=0.0, vmax=1.0)
+        ax.grid(visible=False)
+        labels = [token.strip() or repr(token)[1:-1] for token in attention.tokens]
+        ax.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
+        ax.set_yticks(range(0, len(scaled), max(1, round(len(scaled) / 10))))
+        ax.set_title(title, fontsize=10)
+        for edge in edges(layers) if layers else ():  # dashed white on black: seen on dark and on light cells
             ax.axhline(edge, color="black", linewidth=2.4)
             ax.axhline(edge, color="white", linewidth=1.2, linestyle=(0, (4, 2)))
-        beside: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "rotation": 90, "va": "center", "fontsize": 8}
-        ax.text(1.01, layers.centre, f"range {layers}", **beside)
-    return image
+        if layers:
+            beside = ax.get_yaxis_transform()
+            ax.text(1.01, layers.centre, f"range {layers}", transform=beside, rotation=90, va="center", fontsize=8)
+    axes[0].set_ylabel("layer (0 = first block)")
+    scale = "attention of the last token, scaled per layer\n(0 = least of the question, 1 = most)"
+    figure.colorbar(axes[0].images[0], ax=axes, label=scale)
+    return figure
 
 
 def plot_word_shares(shares: Mapping[str, WordShares], layers: LayerRange | None = None, level: float = 0.95) -> Figure:

@@ -224,7 +224,7 @@ def test_a_method_that_was_not_run_on_an_organism_leaves_a_hole():
     assert rows["a"].count("1.00") == 2
     assert rows["b"].count("1.00") == 1
     assert planted_report.summary_of(cells)["b"]["organisms"] == 1
-    assert sum(ax.get_visible() for ax in planted_report.plot_scores(cells, 30).axes) == 3
+    assert sum(ax.get_visible() for ax in planted_report.plot_scores(cells).axes) == 3
 
 
 def test_one_answer_for_all_has_slope_0():
@@ -235,8 +235,9 @@ def test_one_answer_for_all_has_slope_0():
 
 def test_the_shipped_lists_keep_second_seeds_and_two_ranges_aside():
     config = planted.PlantedConfig()
-    roles = [planted.role_of(layers, seed, config) for layers, seed in planted.wanted(config)]
+    roles = planted.wanted(config)
     assert len(roles) == 10
-    assert roles.count("design") == 3
-    assert all(role == "held out" for (_, seed), role in zip(planted.wanted(config), roles, strict=True) if seed == 1)
-    assert planted.role_of(sm.LayerRange(1, 2), 0, config) == "unlisted"
+    assert list(roles.values()).count("design") == 3
+    assert all(role == "held out" for (_, seed), role in roles.items() if seed == 1)
+    found = planted.find_organisms(planted.PlantedConfig(design=()))
+    assert {str(o.planted) for o in found if o.role == "unlisted"} == {"[5, 10]", "[18, 23]", "[10, 12]"}
