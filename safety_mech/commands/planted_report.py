@@ -94,18 +94,17 @@ def organism_record(cell: Cell) -> dict[str, Any]:
 
 def organism_table(cells: Sequence[Cell]) -> str:
     """How every organism refuses, and which part of the planted range suffices."""
-    rows = rows_table(organism_row(organism, cell) for organism, cell in by_organism(cells).items())
-    return f"{rows}\nsufficient: the narrowest range of its layers that alone gives the base this share of the margin"
-
-
-def organism_row(organism: Organism, cell: Cell) -> dict[str, object]:
-    row: dict[str, object] = {"organism": organism.name, "planted": organism.planted, "seed": organism.seed}
-    row |= {"role": organism.role, "malicious": f"{organism.malicious:.1%}", "normal": f"{organism.normal:.1%}"}
-    if cell.transplants:
-        row |= {name: cell.sufficient_range(share) for name, share in ORACLES.items()}
-        layer, share = cell.transplants.best_single
-        row["best layer alone"] = f"{layer} ({share:.0%} of {cell.transplants.gained:.1f} nats)"
-    return row if organism.passes else row | {"": "does not pass: not in the summary"}
+    rows = []
+    for organism, cell in by_organism(cells).items():
+        row: dict[str, object] = {"organism": organism.name, "planted": organism.planted, "seed": organism.seed}
+        row |= {"role": organism.role, "malicious": f"{organism.malicious:.1%}", "normal": f"{organism.normal:.1%}"}
+        if cell.transplants:
+            layer, share = cell.transplants.best_single
+            row |= {name: cell.sufficient_range(share) for name, share in ORACLES.items()}
+            row["best layer alone"] = f"{layer} ({share:.0%} of {cell.transplants.gained:.1f} nats)"
+        rows.append(row if organism.passes else row | {"": "does not pass: not in the summary"})
+    sufficient = "the narrowest range of its layers that alone gives the base this share of the margin"
+    return f"{rows_table(rows)}\nsufficient: {sufficient}"
 
 
 def cell_table(cells: Sequence[Cell]) -> str:

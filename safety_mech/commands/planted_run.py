@@ -54,7 +54,7 @@ def run_planted(config: PlantedConfig, organisms: list[Organism]) -> Path:
 def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> list[shown.Cell]:
     """Transplants and all locators on one organism. Models are loaded only if a cell is missing."""
     models, cells = Models(config.model, organism.folder, config.model), []
-    transplants = cached_transplants(organism, models, prompts, config)
+    transplants = cached_transplants(organism, models, prompts, config.out)
     for method in methods_of(organism, config):
         answer = cached_answer(method, models, prompts, config.out, "planted", f"{organism.name}-{method}")
         cells.append(shown.Cell(organism, transplants, method, answer))
@@ -62,13 +62,11 @@ def measure(organism: Organism, prompts: PromptSets, config: PlantedConfig) -> l
     return cells
 
 
-def cached_transplants(
-    organism: Organism, models: Models, prompts: PromptSets, config: PlantedConfig
-) -> Transplants | None:
+def cached_transplants(organism: Organism, models: Models, prompts: PromptSets, out: str) -> Transplants | None:
     """From its file, if it is there; None where training gained no margin."""
     key = (models.fingerprints(with_base=True), str(organism.planted), prompts.key(), TRANSPLANTED_PROMPTS)
-    parts = (config.out, "planted", config.model, f"{organism.name}-transplants")
-    path = cell_path(*parts, *key, modules=LOCATOR_MODULES)
+    label = f"{organism.name}-transplants"
+    path = cell_path(out, "planted", models.name, label, *key, modules=LOCATOR_MODULES)
     found = cached_json(path, partial(transplanted, organism, models, prompts))["transplants"]
     return Transplants.from_plain(found) if found else None
 

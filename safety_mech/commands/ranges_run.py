@@ -240,11 +240,10 @@ def lead_of(own: list[Answer], agreement: dict[str, dict[str, float]]) -> str:
 def plot_answers(answers: dict[Condition, Answer], n_layers: int) -> Figure:
     """One bar a condition, from start to end, with the 90 % intervals of both."""
     figure, (ax,) = new_figure(width=9.0, height=1.2 + 0.22 * len(answers))
-    models = list(dict.fromkeys(condition.model for condition in answers))
-    labels = []
+    labels = [" · ".join(map(str, vars(condition).values())) for condition in answers]
+    model = next(iter(answers)).model
     for row, (condition, answer) in enumerate(answers.items()):
-        color = ORANGE if condition.model == models[0] else BLUE
-        labels.append(" · ".join(str(getattr(condition, name)) for name in ("model", *FACTORS)))
+        color = ORANGE if condition.model == model else BLUE
         if answer.best is None:
             continue
         if answer.initial is not None:

@@ -92,9 +92,8 @@ def half_of(prompts: PromptSets, seed: int, side: int) -> PromptSets:
         order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
         return [items[index] for index in sorted(order[side::2])]
 
-    parts = {name: half(getattr(prompts, name)) for name in ("normal", "malicious", "over_rejection", "pairs")}
-    clusters = half(prompts.clusters) if prompts.clusters else None  # as many as over-rejection prompts: the same half
-    return replace(prompts, **parts, clusters=clusters)
+    names = ("normal", "malicious", "over_rejection", "pairs", "clusters")  # a prompt and its cluster: the same half
+    return replace(prompts, **{name: half(items) for name in names if (items := getattr(prompts, name))})
 
 
 def overlaps(method: str, answers: Mapping[str, Answer]) -> list[Overlap]:

@@ -110,10 +110,10 @@ def matched_prompts(model: HookedTransformer, sets: Sets, config: ValidityConfig
 
 def measure(model: HookedTransformer, sets: Sets, matched: Matched, config: ValidityConfig) -> ModelCurves:
     """Run every prompt once; all curves are computed from the same residual streams."""
-    pairs_n, pairs_m = zip(*((pair.normal, pair.malicious) for pair in sets.pairs), strict=True)
+    pairs_n, pairs_m = [pair.normal for pair in sets.pairs], [pair.malicious for pair in sets.pairs]
     normal, malicious, topics, pairs_n, pairs_m = (
         sm.last_token_residuals(model, prompts, config.template, progress=True)
-        for prompts in (sets.normal, sets.malicious, sets.topic_prompts, list(pairs_n), list(pairs_m))
+        for prompts in (sets.normal, sets.malicious, sets.topic_prompts, pairs_n, pairs_m)
     )
     options: dict[str, Any] = {"bootstrap": config.bootstrap, "permutations": config.permutations, "seed": config.seed}
 
@@ -197,9 +197,8 @@ def plot_controls(curves: Mapping[str, ModelCurves], statistic: Statistic = "pap
             curve: GapStatistic = getattr(of_model, part)
             line_with_band(ax, curve.gap, curve.low, curve.high, label, style, shade=0.15)
         ax.axhline(0, color="black", linewidth=0.8)
-        layer_axis(ax, of_model.raw.n_layers)
-        ax.set_title(Path(name).name, fontsize=10)
-        ax.set_ylabel("angle gap (degrees)" if statistic == "paper" else "symmetric gap (degrees)")
+        label = "angle gap (degrees)" if statistic == "paper" else "symmetric gap (degrees)"
+        layer_axis(ax, of_model.raw.n_layers, label, Path(name).name)
     axes[0].legend(fontsize=7, frameon=False)
     limits = [bound for ax in axes for bound in ax.get_ylim()]
     for ax in axes:

@@ -58,9 +58,11 @@ def edges(layers: LayerRange) -> tuple[float, float]:
     return layers.start - 0.5, layers.end + 0.5
 
 
-def layer_axis(ax: Axes, n_layers: int) -> None:
+def layer_axis(ax: Axes, n_layers: int, ylabel: str = "", title: str = "") -> None:
+    """Layers from left to right; what is drawn over them, in which unit, and the panel's title."""
     ticks = range(0, n_layers, max(1, round(n_layers / 10)))
-    ax.set(xticks=ticks, xlim=(-0.6, n_layers - 0.4), xlabel="layer (0 = first block)")
+    ax.set(xticks=ticks, xlim=(-0.6, n_layers - 0.4), xlabel="layer (0 = first block)", ylabel=ylabel)
+    ax.set_title(title, fontsize=10)
 
 
 def line_with_band(
@@ -100,12 +102,10 @@ def plot_gap(curves: Mapping[str, GapCurve], ranges: Mapping[str, LayerRange | N
         "symmetric gap (degrees)": f"minus the mean of both within, {first.level:.0%} interval",
     }
     for ax, (label, heading) in zip((left, middle, right), panels.items(), strict=True):
-        ax.set_ylabel(label)
-        ax.set_title(heading, fontsize=10)
         if ax is not left:
             ax.axhline(0, color="black", linewidth=0.8)
         mark_range(ax, ranges.get(name))
-        layer_axis(ax, first.n_layers)
+        layer_axis(ax, first.n_layers, label, heading)
         ax.legend(fontsize=8, frameon=False)
     if title:
         figure.suptitle(title, fontsize=11)
@@ -224,9 +224,9 @@ def plot_word_shares(shares: Mapping[str, WordShares], layers: LayerRange | None
             line_with_band(ax, mean[:, index], low[:, index], high[:, index], kind, style)
             ax.axhline(float(equal[index]), color=style["color"], linestyle=style["linestyle"], linewidth=0.8)
         mark_range(ax, layers, "range")
-        layer_axis(ax, part.n_layers)
-        ax.set(ylim=(0, None), ylabel="share of the attention over the question (%)")
-        ax.set_title(f"{name}: {len(part.shares)} prompts, {level:.0%} interval; thin: equal attention", fontsize=10)
+        heading = f"{name}: {len(part.shares)} prompts, {level:.0%} interval; thin: equal attention"
+        layer_axis(ax, part.n_layers, "share of the attention over the question (%)", heading)
+        ax.set_ylim(bottom=0)
         ax.legend(fontsize=8, frameon=False)
     return figure
 
