@@ -93,7 +93,7 @@ def test_a_condition_reaches_the_search(config_for, tiny_model, monkeypatch, sid
     start = ranges_run.Start({"m": sm.gap_curve(*noise, bootstrap=100, permutations=100)}, sm.LayerRange(1, 2))
     drawn = Drawn(PROMPTS, [0, 1, 2, 3], ["a", "a", "b", "b"])
     with pytest.raises(ValueError, match="seen"):
-        ranges_run.search(tiny_model, condition, start, {"set": drawn}, config_for(window=3, seed=4))
+        ranges_run.search(tiny_model, condition, start, drawn, config_for(window=3, seed=4))
     expected = {"above": side == "above", "recipe": "weights", "text": True, "template": "alpaca", "window": 3}
     expected |= {"seed": 4, "samples": 20, "initial": sm.LayerRange(1, 2), "clusters": drawn.clusters}
     assert {name: reached[name] for name in expected} == expected

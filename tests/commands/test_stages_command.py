@@ -74,7 +74,7 @@ def test_a_run_writes_shares_changes_and_pictures(
 @pytest.mark.whole_run
 def test_adapter_words_and_number_format_count(config_for: Callable[..., object], llama_adapter: Path) -> None:
     def changes(**settings: object) -> dict:
-        return json.loads((stages.main(config_for(**settings)).folder / "metrics.json").read_text())["changes"]
+        return json.loads((stages.main(config_for(**settings)) / "metrics.json").read_text())["changes"]
 
     plain = changes()
     for setting in ({"adapter": str(llama_adapter)}, {"dtype": "bfloat16"}):

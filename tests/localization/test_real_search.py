@@ -67,6 +67,7 @@ def test_the_weights_recipe_is_multiplied_weights(aligned, prompts, layers, alph
     assert torch.equal(last_logits(aligned, prompts[:3]), plain)
 
 
+@pytest.mark.long_run
 def test_activations_scaled_instead_are_multiplied_weights(prompts) -> None:
     """As `weights` does it to chosen positions; in float64, for float32 rounds the two orders to 1.2e-4."""
     model = sm.load_model("smollm2-135m-aligned").to(torch.float64)
@@ -107,7 +108,7 @@ def whole_log_odds(model: HookedTransformer, prompts: list[str]) -> Tensor:
     return log_odds(torch.stack(rows))
 
 
-@pytest.mark.parametrize("recipe", ["attn_out", "weights"])
+@pytest.mark.parametrize("recipe", ["attn_out", pytest.param("weights", marks=pytest.mark.long_run)])
 def test_cached_prefixes_give_the_log_odds_of_the_full_forward(aligned, prompts, recipe) -> None:
     few = prompts[:4]
     engine = ScaledRanges(aligned, few, 1.2, recipe, phrases=PHRASES)
@@ -139,7 +140,7 @@ def test_cached_prefixes_give_the_tokens_of_plain_generation(aligned, prompts) -
 
 
 @pytest.mark.long_run
-@pytest.mark.parametrize("recipe", ["attn_out", "weights"])
+@pytest.mark.parametrize("recipe", ["attn_out", pytest.param("weights", marks=pytest.mark.long_run)])
 def test_scaled_too_far_the_model_degenerates_and_that_is_no_refusal(aligned, prompts, recipe) -> None:
     """Attention output: repetitions, which the judge calls degenerate; weights: a salad of words, no refusal either."""
     engine = ScaledRanges(aligned, prompts, 4.0, recipe)
