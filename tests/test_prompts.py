@@ -436,6 +436,7 @@ def test_every_cluster_gets_its_share_rounded_up_or_down(count):
         assert math.floor(share) <= of[category] <= math.ceil(share)
 
 
+@pytest.mark.slow
 def test_every_row_is_as_likely_as_any_other():
     clusters = list("aaaaaaabbc")
     counted = Counter(row for seed in range(4000) for row in draw_rows(10, 3, clusters, seed))

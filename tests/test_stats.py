@@ -51,6 +51,7 @@ def test_the_middle_third(n, expected):
     assert middle_third(n) == expected
 
 
+@pytest.mark.slow
 def test_the_random_range_by_hand():
     """Two layers, truth [0, 0]: width 1 gives 1 or 0, width 2 gives a half."""
     assert random_iou(R(0, 0), 2) == pytest.approx((0.5 + 0.5) / 2)

@@ -107,6 +107,7 @@ def test_a_refusal_is_answered_without_torch(script: str, arguments: list[str], 
     answered_without_torch(script, arguments, 2, tmp_path)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ANSWERED)
 def test_locate_is_answered_without_torch(name: str, tmp_path: Path) -> None:
     answered_without_torch("locate", *ANSWERED[name], tmp_path)

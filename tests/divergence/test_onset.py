@@ -135,6 +135,7 @@ def test_a_planted_range_is_found_from_residual_streams(seed):
     assert abs(found.end - 7) <= 1
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("seed", range(5))
 def test_nothing_is_found_where_nothing_is_planted(seed):
     assert initial_range(gap_curve(*planted(seed, [0.0] * 12), bootstrap=200, permutations=199)) is None

@@ -188,6 +188,7 @@ def test_an_output_is_scaled_behind_the_norm_that_follows_it():
     torch.testing.assert_close(scaled_logits(model, CHOSEN, 1.5), after_norm(some_tokens(model)), **CLOSE)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("name", ["qwen2", "gpt-2", "tiny, all biases"])
 def test_biases_are_not_scaled(name):
     """Control: a scale on the biases as well gives other logits, so that the test above can tell."""
@@ -239,6 +240,7 @@ def test_every_layer_matters(tiny_model, recipe, layer):
 # --- heads and positions ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("heads", [[0], [3], [1, 2], [0, 1, 2, 3]])
 def test_heads_equal_their_slice_of_w_o(tiny_model, heads):
     changed = copy.deepcopy(tiny_model)

@@ -62,6 +62,7 @@ def slow_but(*fast: tuple[str, str]) -> list:
     return [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in both]
 
 
+@pytest.mark.slow
 @pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("what", "positions"), slow_but(("layer", "last"), ("attn_out", "answer"), ("mlp_out", "last"), ("resid", "all"))

@@ -314,6 +314,7 @@ def test_the_grid_costs_a_third_of_whole_forwards(n):
         assert layer_evaluations(cells, n)["shared"] == pytest.approx(n**3 / 6, rel=0.12)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("ranges", "shared"),
     [

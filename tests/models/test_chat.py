@@ -312,6 +312,7 @@ def test_the_shared_prefix_holds_the_template(tokenizer: PreTrainedTokenizerFast
     assert shared <= min(chat.question.start for chat in chats)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60))
 def test_batches_hold_every_prompt_once_in_equal_lengths(lengths: list[int], batch_tokens: int) -> None:
     batches = list(equal_length_batches(lengths, batch_tokens))
@@ -323,6 +324,7 @@ def test_batches_hold_every_prompt_once_in_equal_lengths(lengths: list[int], bat
     assert firsts == sorted(firsts, reverse=True), "the longest first: what will not fit in memory fails at once"
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 60))
 def test_batches_are_as_few_as_can_be(lengths: list[int], batch_tokens: int) -> None:
     rooms = {length: max(1, batch_tokens // length) for length in set(lengths)}

@@ -132,6 +132,7 @@ def test_unfrozen_entries_grow_token_by_token(tiny_model):
         assert {entry.past_keys.shape[1] for entry in cache} == {pos + 1}
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("style", [{}, GPT2_STYLE], ids=["rotary", "gpt-2"])
 def test_rows_of_different_length_go_on_together_as_they_would_alone(style):
     model = build_tiny_model(seed=3, **style)

@@ -44,6 +44,7 @@ def argmax_loop(model: HookedTransformer, prompt: str, length: int = LENGTH, tem
     return answer
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("template", "batch_tokens"),
     [

@@ -228,6 +228,7 @@ DAMAGES_THAT_PASS = {
 }
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("damage", [*DAMAGES, *DAMAGES_THAT_PASS])
 def test_damaged_folder_is_refused(damage, tmp_path):
     save(llama(), tmp_path)

@@ -60,6 +60,7 @@ def difference_quotients(model: HookedTransformer, centre: Tensor, template: str
     return torch.tensor(rows, dtype=torch.float64)
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("style", "template"), [("rotary", "own"), ("gpt2", SHORT)], ids=["rotary-own", "gpt2-short"])
 def test_it_is_the_slope_of_the_log_odds(style: str, template: str | Template) -> None:
     model = exact(style)

@@ -119,6 +119,7 @@ def test_success_and_what_is_sent(endpoint: Endpoint) -> None:
     assert all(text in judge_prompt(*PAIR) for text in (*PAIR, "#thereason:", "#thescore:"))
 
 
+@pytest.mark.slow
 @pytest.mark.slow_cases
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
 def test_retries_then_success(endpoint: Endpoint, status: int) -> None:

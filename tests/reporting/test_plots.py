@@ -130,6 +130,7 @@ def test_the_range_is_shaded_with_both_of_its_ends(figure: Figure) -> None:
     assert [marks(ax) for ax in figure.axes] == [[(2.5, 6.5)]] * 3
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize(("start", "end"), [(0, 0), (4, 4), (0, 11)])
 def test_one_layer_is_one_wide(start: int, end: int) -> None:
     figure = plot_gap({"a": curve_of(1.0)}, {"a": LayerRange(start, end)})
@@ -138,6 +139,7 @@ def test_one_layer_is_one_wide(start: int, end: int) -> None:
     assert figure.axes[1].get_xlim()[1] > end + 0.5 - 1e-9
 
 
+@pytest.mark.slow_cases
 @pytest.mark.parametrize("ranges", [{}, {"set 0": None}, {"set 1": LayerRange(1, 2)}])
 def test_without_a_range_nothing_is_shaded(ranges: dict[str, LayerRange | None]) -> None:
     figure = plot_gap(curves_of(2), ranges)

@@ -41,6 +41,7 @@ def test_rouge_l_by_hand() -> None:
     assert rouge_l_scores(answers, references).tolist() == pytest.approx([2 / 3, 4 / 7])
 
 
+@pytest.mark.slow
 def test_rouge_l_counts_the_order_of_words_and_stems_them() -> None:
     scores = rouge_l_scores(["a b", "b a", "cats", "", "!"], ["a b", "a b", "cat", "cat", "cat"])
     assert scores.tolist() == pytest.approx([1, 0.5, 1, 0, 0])

@@ -200,6 +200,7 @@ def test_the_shared_prefix_of_a_batch_is_run_once(tiny_model):
     assert prefix_length > 10
 
 
+@pytest.mark.slow_cases
 def test_the_loss_can_be_wrong(model):
     """Control: another answer, or one token's mark more, is seen at this tolerance."""
     examples = encode_examples(model, PAIRS, QUICK)
@@ -311,6 +312,7 @@ def test_what_is_frozen_has_neither_gradient_nor_state(fresh_tiny_model, monkeyp
     assert {id(parameter) for parameter in made[0].state} == trained
 
 
+@pytest.mark.slow
 def test_afterwards_the_model_is_as_it_came(fresh_tiny_model):
     train(fresh_tiny_model)
     assert not any(parameter.requires_grad for parameter in fresh_tiny_model.parameters())
@@ -390,6 +392,7 @@ def test_a_trained_model_says_what_it_learnt(refusing_model, prompts):
     assert 2 * losses[0] < losses[1]
 
 
+@pytest.mark.slow
 def test_a_step_is_adamw_with_clipping(make_tiny_model):
     """The whole of one step, worked out here: mean loss, norm of the gradient, clipped, AdamW."""
     model, other = make_tiny_model(), make_tiny_model()
@@ -753,6 +756,7 @@ def test_a_checkpoint_of_another_model_is_refused(make_tiny_model, tmp_path, mon
         train(make_tiny_model(seed=1), config=LONG, checkpoint=tmp_path / "run.pt")
 
 
+@pytest.mark.slow
 def test_records_come_back_as_they_were(make_tiny_model, tmp_path, monkeypatch):
     train_until(make_tiny_model(), 3, tmp_path / "run.pt", monkeypatch)
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
