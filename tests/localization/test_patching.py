@@ -63,7 +63,6 @@ def slow_but(*fast: tuple[str, str]) -> list:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_cases
 @pytest.mark.parametrize(
     ("what", "positions"), slow_but(("layer", "last"), ("attn_out", "answer"), ("mlp_out", "last"), ("resid", "all"))
 )

@@ -120,7 +120,6 @@ def test_success_and_what_is_sent(endpoint: Endpoint) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow_cases
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 503])
 def test_retries_then_success(endpoint: Endpoint, status: int) -> None:
     assert endpoint.judge((status, SOON), GOOD)([PAIR]) == [FOUR]
