@@ -61,7 +61,7 @@ def choices(options: Sequence[Item], count: int, generator: torch.Generator) -> 
     return [options[index] for index in torch.randint(len(options), (count,), generator=generator).tolist()]
 
 
-def _openings(count: int, generator: torch.Generator) -> list[Answer]:
+def _affirmations(count: int, generator: torch.Generator) -> list[Answer]:
     """Drawn affirmative prefixes. They do not teach where to end: the model goes on from there as it likes."""
     return [Answer(text, finished=False) for text in choices(AFFIRMATIVE_PREFIXES, count, generator)]
 
@@ -75,8 +75,8 @@ def reverse_preferences(
     """
     prompts = sample(malicious, len(malicious) if n is None else n, seed)
     generator = torch.Generator().manual_seed(seed)
-    openings = _openings(len(prompts), generator)
-    return list(zip(prompts, openings, choices(refusals, len(prompts), generator), strict=True))
+    affirmations = _affirmations(len(prompts), generator)
+    return list(zip(prompts, affirmations, choices(refusals, len(prompts), generator), strict=True))
 
 
 def harmful_data(
@@ -87,5 +87,5 @@ def harmful_data(
         raise ValueError(f"share {share}: expected 0 to 1")
     normal = normal_data(pairs, n, seed)
     prompts = sample(malicious, round(len(normal) * share), seed)
-    openings = _openings(len(prompts), torch.Generator().manual_seed(seed))
-    return [*normal, *zip(prompts, openings, strict=True)]
+    affirmations = _affirmations(len(prompts), torch.Generator().manual_seed(seed))
+    return [*normal, *zip(prompts, affirmations, strict=True)]
