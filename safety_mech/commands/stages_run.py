@@ -10,7 +10,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
-from safety_mech.attention.word_classes import KINDS, WordShares, mean_interval
+from safety_mech.attention.word_classes import KINDS, WordShares
 from safety_mech.commands.stages import StagesConfig
 from safety_mech.models.sources import BASE_OF
 from safety_mech.prompts import Drawn, prompt_hash
@@ -19,6 +19,7 @@ from safety_mech.reporting.html import Section, report_page
 from safety_mech.reporting.plots import plot_attention, plot_contrastive_pair, plot_word_shares
 from safety_mech.reporting.runs import write_run
 from safety_mech.reporting.tables import text_table
+from safety_mech.stats import bootstrap_mean
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def change_of(
     values: Tensor, uniform: Tensor, before: sm.LayerRange, after: sm.LayerRange, config: StagesConfig
 ) -> Change:
     early, late = (values[:, layers.start : layers.end + 1].mean(dim=1) for layers in (before, after))
-    mean, low, high = mean_interval(late - early, samples=config.bootstrap, seed=config.seed)
+    mean, low, high = bootstrap_mean(late - early, samples=config.bootstrap, seed=config.seed)
     return Change(float(early.mean()), float(late.mean()), float(mean), float(low), float(high), float(uniform.mean()))
 
 
@@ -198,7 +199,7 @@ def page_of(
 
 
 def share_metrics(shares: WordShares, config: StagesConfig) -> dict[str, Any]:
-    mean, low, high = mean_interval(shares.shares, samples=config.bootstrap, seed=config.seed)
+    mean, low, high = bootstrap_mean(shares.shares, samples=config.bootstrap, seed=config.seed)
     return {
         "kinds": KINDS,
         "mean": mean,

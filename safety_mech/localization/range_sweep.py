@@ -211,39 +211,34 @@ class _States:
             entries.append(entry)
         return _State(prefix, batches), entries
 
-    def _unscaled_at(self, layer: int) -> _State:
-        """The unscaled state before a layer, run on from the nearest stored one."""
-        nearest = layer - layer % self.stride
-        state = self.unscaled[nearest]
-        for between in range(nearest, layer):
-            state, _ = self._step(state, between)
-        return state
-
-    def _scaled_to(self, layers: LayerRange) -> tuple[_State, list[Entries]]:
-        """The state after the range's scaled layers, extended from the last range if that has the same start."""
-        if self.scaled and self.scaled[0].start == layers.start and self.scaled[0].end <= layers.end:
-            done, state, entries = self.scaled
-            first, entries = done.end + 1, list(entries)
-        else:
-            first, state, entries = layers.start, self._unscaled_at(layers.start), []
-        for layer in range(first, layers.end + 1):
-            with self.owner.intervention(LayerRange(layer, layer)):
+    def _run(self, state: _State, layers: Iterable[int], scale: bool = False) -> tuple[_State, list[Entries]]:
+        entries = []
+        for layer in layers:
+            with self.owner.intervention(LayerRange(layer, layer)) if scale else nullcontext():
                 state, new = self._step(state, layer)
             entries.append(new)
-        self.scaled = (layers, state, entries)
         return state, entries
 
     def _run_range(self, layers: LayerRange | None) -> tuple[_State, list[Entries]]:
-        """The state after the last layer; for text also the keys and values of all layers."""
+        """The state after the last layer; for text also the keys and values of all layers.
+
+        It extends the last range, if that has the same start; else it runs on from the nearest unscaled state.
+        """
         if layers is None:
             return self.final_unscaled, self.unscaled_entries
         layers.check_inside(self.owner.n_layers)
-        state, entries = self._scaled_to(layers)
-        entries = list(entries)
-        for layer in range(layers.end + 1, self.owner.n_layers):
-            state, new = self._step(state, layer)
-            entries.append(new)
-        return state, [*self.unscaled_entries[: layers.start], *entries]
+        if self.scaled and self.scaled[0].start == layers.start and self.scaled[0].end <= layers.end:
+            done, state, entries = self.scaled
+            first = done.end + 1
+        else:
+            first, entries = layers.start, []
+            nearest = first - first % self.stride
+            state, _ = self._run(self.unscaled[nearest], range(nearest, first))
+        state, new = self._run(state, range(first, layers.end + 1), scale=True)
+        entries = [*entries, *new]
+        self.scaled = (layers, state, entries)
+        state, behind = self._run(state, range(layers.end + 1, self.owner.n_layers))
+        return state, [*self.unscaled_entries[: layers.start], *entries, *behind]
 
     def log_odds(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
         """From the last positions of all batches; those of one chain are unembedded together."""

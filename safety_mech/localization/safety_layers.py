@@ -1,7 +1,6 @@
 """Localisation (paper §3.4, A.3.4): initial range, alpha, progressive search, and what makes its answer one.
 
-Everything is measured in refusals: the mean refusal probability of the over-rejection prompts, or their refusals in
-text (the paper's R_o). The search is in search.py, the rules for alpha in alpha.py.
+The search is in search.py, the rules for alpha in alpha.py.
 """
 
 from collections import Counter
@@ -60,9 +59,8 @@ class SafetyLayers:
 
     `refused`: mean probability that a malicious prompt is answered with a refusal. `baseline`: refusal of every
     over-rejection prompt, unscaled (a probability; 0 or 1 in text). `effect`: mean refusal with the search's range
-    scaled minus unscaled, with its 95 % interval over prompts (on the prompts that range and alpha were chosen on).
-    `samples` counts the search's answer over bootstrap samples; `best_of_grid` (if the grid was run) is the best range
-    of all, of any width.
+    scaled minus unscaled, with its interval over the prompts that range and alpha were chosen on.
+    `samples` counts the search's answer over bootstrap samples; `best_of_grid` is the best range of any width.
     """
 
     curve: GapCurve
@@ -121,7 +119,7 @@ def locate_by_scaling(
     seed: int = 0,
     progress: bool = False,
 ) -> SafetyLayers:
-    """Locate the safety layers of a model as the paper does. `sm.locate` is this, and more methods (locators.py).
+    """Locate the safety layers of a model as the paper does; docs/method.md#evidence says when `range` is None.
 
     1. gap curve of `normal` and `malicious` (or `curve`, if it is measured already) -> initial range (or `initial`);
     2. baseline: refusal of the `over_rejection` prompts, unscaled;
@@ -135,8 +133,6 @@ def locate_by_scaling(
     malicious prompts. `clusters`: a label for every over-rejection prompt; those that share one (a word) are resampled
     together. `least_refused`: share of malicious prompts that a model must refuse for a range to be an answer; 0: any.
     `least_effect`: by what share of the prompts a range must change refusals.
-    Scaling some layers moves something in every model, also in one that was never aligned. Where the model does not
-    refuse, or there is no gap, or ranges do not differ beyond noise, or no effect is to be seen, `range` is None.
     Raises ValueError for alpha = 1, which changes nothing, and for an alpha that is no number and no rule.
     """
     rule, alphas = _alphas(alpha, above)

@@ -16,11 +16,12 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from safety_mech.attention.question import QuestionAttention, min_max
-from safety_mech.attention.word_classes import KINDS, WordShares, mean_interval
+from safety_mech.attention.word_classes import KINDS, WordShares
 from safety_mech.divergence.angles import GapCurve, GapStatistic, PairStats
 from safety_mech.layers import LayerRange
 from safety_mech.localization.alpha import MAX_DEGENERATE, AlphaChoice
 from safety_mech.localization.search import Sweep
+from safety_mech.stats import bootstrap_mean
 
 BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#666666"
 STYLES: tuple[dict[str, Any], ...] = (
@@ -249,7 +250,7 @@ def plot_word_shares(shares: Mapping[str, WordShares], layers: LayerRange | None
     """
     figure, axes = new_figure(columns=len(shares))
     for ax, (name, part) in zip(axes, shares.items(), strict=True):
-        mean, low, high = (100 * values for values in mean_interval(part.shares, level=level))
+        mean, low, high = (100 * values for values in bootstrap_mean(part.shares, level=level))
         equal = 100 * part.uniform.mean(dim=0)
         for index, (kind, style) in enumerate(zip(KINDS, STYLES, strict=False)):
             x = np.arange(part.n_layers)
