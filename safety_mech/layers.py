@@ -62,13 +62,3 @@ class LayerRange:
         if self.end >= n_layers:
             raise ValueError(f"layer range {self}: the model has {n_layers} layers, so the last is {n_layers - 1}")
         return self
-
-    def upper_neighbours(self, window: int, n_layers: int) -> "list[LayerRange]":
-        """Ranges with the same start and an end within `window` of this one, inside the model."""
-        low, high = max(self.start, self.end - window), min(n_layers - 1, self.end + window)
-        return [LayerRange(self.start, end) for end in range(low, high + 1)]
-
-    def lower_neighbours(self, window: int) -> "list[LayerRange]":
-        """Ranges with the same end and a start within `window` of this one."""
-        low, high = max(0, self.start - window), min(self.end, self.start + window)
-        return [LayerRange(start, self.end) for start in range(low, high + 1)]

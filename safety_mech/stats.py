@@ -104,8 +104,13 @@ def random_iou(truth: LayerRange, n_layers: int) -> float:
 def bootstrap_mean(
     values: Float[Tensor, "item *rest"], *, samples: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
-    """Mean over items, and the bounds of its percentile interval: items are drawn with replacement, rows as a whole."""
+    """Mean over items, and the bounds of its percentile interval: items are drawn with replacement, rows as a whole.
+
+    Raises ValueError for fewer than two items.
+    """
     n = len(values)
+    if n < 2:
+        raise ValueError(f"{n} prompts: expected at least 2 for an interval")
     counts = resampled_counts(samples, n, torch.Generator().manual_seed(seed))
     means = torch.tensordot(counts, values.double(), dims=1) / n
     return values.double().mean(dim=0), *percentiles(means, level)

@@ -80,42 +80,6 @@ def test_check_inside():
         layers.check_inside(29)
 
 
-def test_upper_neighbours_move_the_end_only():
-    assert LayerRange(6, 12).upper_neighbours(2, n_layers=32) == [LayerRange(6, end) for end in (10, 11, 12, 13, 14)]
-
-
-@pytest.mark.parametrize(
-    ("layers", "window", "n_layers", "ends"),
-    [
-        (LayerRange(6, 12), 2, 13, [10, 11, 12]),  # the model ends at layer 12
-        (LayerRange(6, 12), 2, 14, [10, 11, 12, 13]),
-        (LayerRange(6, 7), 3, 32, [6, 7, 8, 9, 10]),  # an end never comes before the start
-        (LayerRange(0, 0), 1, 1, [0]),
-        (LayerRange(3, 5), 0, 6, [5]),
-    ],
-)
-def test_upper_neighbours_at_the_borders(layers, window, n_layers, ends):
-    assert layers.upper_neighbours(window, n_layers) == [LayerRange(layers.start, end) for end in ends]
-
-
-def test_lower_neighbours_move_the_start_only():
-    assert LayerRange(6, 12).lower_neighbours(2) == [LayerRange(start, 12) for start in (4, 5, 6, 7, 8)]
-
-
-@pytest.mark.parametrize(
-    ("layers", "window", "starts"),
-    [
-        (LayerRange(1, 9), 3, [0, 1, 2, 3, 4]),
-        (LayerRange(0, 9), 1, [0, 1]),
-        (LayerRange(6, 7), 3, [3, 4, 5, 6, 7]),  # a start never passes the end
-        (LayerRange(0, 0), 2, [0]),
-        (LayerRange(3, 5), 0, [3]),
-    ],
-)
-def test_lower_neighbours_at_the_borders(layers, window, starts):
-    assert layers.lower_neighbours(window) == [LayerRange(start, layers.end) for start in starts]
-
-
 def test_ranges_are_frozen_hashable_and_ordered():
     layers = LayerRange(1, 2)
     with pytest.raises(AttributeError):

@@ -29,6 +29,7 @@ from safety_mech.commands.publish import publish_table
 from safety_mech.interventions.scaling import check_alpha
 from safety_mech.layers import LayerRange
 from safety_mech.localization.range_sweep import ScaledRanges, layer_evaluations
+from safety_mech.localization.search import progressive_search
 from safety_mech.models.chat import decode_answer, encode_chat
 from safety_mech.models.loading import load_transformers
 from safety_mech.models.parameters import replaced
@@ -120,8 +121,11 @@ def check_config(config: BenchConfig) -> None:
 def ranges_of_sweeps(config: BenchConfig, n_layers: int) -> list[LayerRange]:
     """Both sweeps around `initial`; the range that is in both counts once."""
     initial = LayerRange.parse(config.initial).check_inside(n_layers)
-    sweeps = (initial.upper_neighbours(config.window, n_layers), initial.lower_neighbours(config.window))
-    return list(dict.fromkeys(layers for sweep in sweeps for layers in sweep))
+    # A measure that is best at `initial` widens no window.
+    sweeps = progressive_search(
+        lambda layers: float(layers == initial), initial, n_layers=n_layers, window=config.window
+    )
+    return list(dict.fromkeys(layers for sweep in sweeps for layers in sweep.ranges))
 
 
 def spread(ranges: Sequence[LayerRange], count: int) -> list[LayerRange]:

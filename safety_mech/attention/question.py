@@ -1,9 +1,5 @@
 """Where the last token looks in the question, layer by layer (paper §3.6, A.5; docs/method.md#attention-stages).
 
-The paper's picture: attention from the last token of the prompt to every token of the question, averaged over heads,
-one row a layer, min-max scaled per row, with the short Alpaca template. The question's tokens are found from the
-template (chat.py), never by a fixed index.
-
 Attention shows where a layer reads, and not what it computes from it; it does not prove a mechanism.
 """
 
@@ -13,9 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 from transformers import PreTrainedTokenizerBase
 
 from safety_mech.models.chat import (
@@ -25,11 +19,10 @@ from safety_mech.models.chat import (
     check_context,
     encode_chat,
     encode_text,
-    equal_length_batches,
     resolve_template,
     tokenizer_of,
 )
-from safety_mech.models.forward import Hooks, common_prefix, embed, run_blocks, stack_rest
+from safety_mech.models.forward import read_activations
 
 
 @dataclass(frozen=True)
@@ -59,9 +52,9 @@ def question_attention(
 ) -> list[QuestionAttention]:
     """Attention of the last token over the question in every layer, of every prompt: mean over heads, or one `head`.
 
-    1. put prompts into the template; run the tokens they all start with once, and cache their keys and values;
-    2. run the rest in batches of equal length; one hook a layer copies the pattern's last row at the question's
-       tokens. Rows of the pattern are the positions that are run, its columns ALL positions, the shared prefix's too.
+    The tokens that all prompts start with run once, the rest in batches of equal length. One hook a layer copies the
+    pattern's last row at the question's tokens. Rows of the pattern are the positions that are run, its columns ALL
+    positions, the shared prefix's too.
 
     Memory: layers x question tokens a prompt, plus one batch's pattern in one layer.
     `share_prefix=False` runs every prompt whole: for hooks of your own that need all positions.
@@ -73,25 +66,17 @@ def question_attention(
     chats = encode_chat(tokenizer_of(model), prompts, template)
     check_context(chats, model.cfg.n_ctx)
     found = [torch.empty(model.cfg.n_layers, len(chat.question)) for chat in chats]
-    rows: list[int] = []
 
-    def keep_last_row(pattern: Float[Tensor, "prompt head pos all_pos"], hook: HookPoint) -> None:
+    def keep_last_row(pattern: Float[Tensor, "prompt head pos all_pos"], layer: int, rows: list[int]) -> None:
         last = pattern[:, :, -1].float()
         last = last.mean(dim=1) if head is None else last[:, head]
-        _check_attends(last, hook.layer(), rows)
+        _check_attends(last, layer, rows)
         for index, weights in zip(rows, last.cpu(), strict=True):
             question = chats[index].question
-            found[index][hook.layer()] = weights[question.start : question.stop]
+            found[index][layer] = weights[question.start : question.stop]
 
-    bar = tqdm(total=len(chats), desc="attention", unit="prompt", disable=not progress)
-    with torch.no_grad(), bar:
-        prefix = common_prefix(model, chats, share_prefix)
-        hooks: Hooks = [(f"blocks.{layer}.attn.hook_pattern", keep_last_row) for layer in range(model.cfg.n_layers)]
-        with model.hooks(fwd_hooks=hooks):
-            for rows in equal_length_batches([len(chat) - len(prefix) for chat in chats], batch_tokens):
-                tokens = stack_rest(model, chats, rows, len(prefix))
-                run_blocks(model, embed(model, tokens, len(prefix)), cache=prefix.cache_for(len(rows)))
-                bar.update(len(rows))
+    bar = "attention" if progress else None
+    read_activations(model, chats, "attn.hook_pattern", keep_last_row, batch_tokens, share_prefix, bar)
     shape = resolve_template(tokenizer_of(model), template)
     return [
         _with_text(tokenizer_of(model), shape, prompt.strip(), chat, weights)

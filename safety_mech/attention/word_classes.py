@@ -1,20 +1,18 @@
 """Which kind of words the last token attends to: function words or content words (paper §3.6).
 
-The paper claims, from pictures of single prompts, that attention is on syntactic words before the safety layers and on
-key phrases after them. Here it is a number over many prompts, the share of the question's attention that falls on
+The paper's claim as a number over many prompts (docs/method.md#attention-stages): the share of the question's attention
+that falls on
 
 - function words: the closed list below. Determiners and quantifiers, pronouns, question words, prepositions and
   particles, conjunctions, all forms of be, have and do (also as main verbs), modals, "not"; and their contractions;
 - content words: every other word, numbers among them;
 - punctuation: tokens that are part of no word.
 
-A word may be several tokens ("crip" + "ple", "neighbour" + "'s"); its attention is their sum. Four caveats:
+A word may be several tokens ("crip" + "ple", "neighbour" + "'s"); its attention is their sum. Three caveats:
 
-- Shares depend on how many tokens a kind has: compare with `uniform`, what equal attention to every token would give.
-- The question's first token often draws attention whatever it says: its share is reported (`first`), and
-  `skip_first` leaves it out of shares and `uniform` alike. By default it counts as the word it belongs to.
-- Some words are attention sinks, looked at whatever the question is about (in layers 3 to 10 of SmolLM2-135M the
-  first "the" takes some 80 % where there is one): `skip_words` leaves words out in the same way.
+- Shares depend on how many tokens a kind has: compare with `uniform`.
+- The question's first token often draws attention whatever it says, and some words are attention sinks (in layers 3 to
+  10 of SmolLM2-135M the first "the" takes some 80 % where there is one): `first`, `skip_first`, `skip_words`.
 - Many questions begin with function words and end in content words and a mark. A layer that reads whatever is nearest
   to the end therefore looks like one that reads content words.
 """
@@ -29,7 +27,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safety_mech.attention.question import QuestionAttention
-from safety_mech.stats import bootstrap_mean
 
 Kind = Literal["function", "content", "punctuation"]
 KINDS: tuple[Kind, ...] = ("function", "content", "punctuation")
@@ -169,15 +166,3 @@ def _shares(
         raise ValueError(f"prompt {number}, {attention.prompt[:60]!r}: no attention is left to share out")
     first_uniform = torch.tensor(1 / attention.weights.shape[1], dtype=torch.float64)
     return weights @ kinds / total, kinds.mean(dim=0), first, first_uniform, question
-
-
-def mean_interval(
-    values: Float[Tensor, "prompt *rest"], *, samples: int = 1000, level: float = 0.95, seed: int = 0
-) -> tuple[Float[Tensor, "*rest"], Float[Tensor, "*rest"], Float[Tensor, "*rest"]]:
-    """Mean over prompts, and the bounds of its bootstrap interval: prompts are drawn with replacement.
-
-    Raises ValueError for fewer than two prompts.
-    """
-    if len(values) < 2:
-        raise ValueError(f"{len(values)} prompts: expected at least 2 for an interval")
-    return bootstrap_mean(values, samples=samples, level=level, seed=seed)

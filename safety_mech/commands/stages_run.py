@@ -8,7 +8,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 import safety_mech as sm
-from safety_mech.attention.word_classes import KINDS, WordShares, mean_interval
+from safety_mech.attention.word_classes import KINDS, WordShares
 from safety_mech.commands.cells import base_of, load
 from safety_mech.commands.publish import publish
 from safety_mech.commands.stages import StagesConfig
@@ -18,6 +18,7 @@ from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section
 from safety_mech.reporting.plots import plot_attention, plot_contrastive_pair, plot_word_shares
 from safety_mech.reporting.tables import text_table
+from safety_mech.stats import bootstrap_mean
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def changes_of(shares: WordShares, before: LayerRange, after: LayerRange, config
     changes = {}
     for name, (values, uniform) in parts.items():
         early, late = (values[:, layers.start : layers.end + 1].mean(dim=1) for layers in (before, after))
-        change = mean_interval(late - early, samples=config.bootstrap, seed=config.seed)
+        change = bootstrap_mean(late - early, samples=config.bootstrap, seed=config.seed)
         changes[name] = Change(*(float(value) for value in (early.mean(), late.mean(), *change, uniform.mean())))
     return changes
 
@@ -161,6 +162,6 @@ def change_sentence(change: Change, before: LayerRange, after: LayerRange) -> st
 
 
 def share_metrics(shares: WordShares, config: StagesConfig) -> dict[str, Any]:
-    mean, low, high = mean_interval(shares.shares, samples=config.bootstrap, seed=config.seed)
+    mean, low, high = bootstrap_mean(shares.shares, samples=config.bootstrap, seed=config.seed)
     others = {name: values.mean(dim=0) for name, values in vars(shares).items() if name != "shares"}
     return {"kinds": KINDS, "mean": mean, "low": low, "high": high, **others, "n_prompts": len(shares.shares)}

@@ -17,7 +17,7 @@ from safety_mech.commands.publish import publish
 from safety_mech.commands.validity import Sets, ValidityConfig
 from safety_mech.divergence.angles import GapStatistic, chosen
 from safety_mech.divergence.controls import Matched, match_prompts, single_topics, topic_halves
-from safety_mech.divergence.resampling import Statistic, angle_matrix, labelled_gaps
+from safety_mech.divergence.resampling import Statistic, angle_matrix, labelled_means
 from safety_mech.models.chat import encode_chat, tokenizer_of
 from safety_mech.reporting import html as report
 from safety_mech.reporting.html import Section
@@ -127,8 +127,8 @@ def measure(model: HookedTransformer, sets: Sets, matched: Matched, config: Vali
         curve(normal, malicious),
         curve(pairs_n, pairs_m, paired=True),
         curve(normal[rows_n], malicious[rows_m], paired=True),
-        labelled_gaps(angles, halves.double(), statistic=config.statistic),
-        labelled_gaps(angles, single_topics(sets.topics).double(), statistic=config.statistic),
+        getattr(labelled_means(angles, halves.double()), config.statistic),
+        getattr(labelled_means(angles, single_topics(sets.topics).double()), config.statistic),
     )
 
 

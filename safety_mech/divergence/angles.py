@@ -1,35 +1,14 @@
-"""How far malicious prompts part from normal ones, layer by layer (paper §3.2, §3.3; docs/method.md#gap): tensor maths.
+"""How far malicious prompts part from normal ones, layer by layer (paper §3.2, §3.3): tensor maths.
 
     angle(x, y)   = arccos of the cosine of two last-token residual streams, in degrees
     gap_k         = NM - NN: mean angle of normal-malicious pairs minus that of normal-normal pairs, at layer k
     symmetric_k   = NM - (NN + MM) / 2
 
-All pairs are used, for they cost one matrix product. With `r`, the cosines and angles of the three kinds of pairs come
-from r sampled pairs of each, as the paper's do (500). Angles are computed in float64: near 0 degrees the cosine is
-1 - angle^2 / 2, and float32 would lose the angle.
+docs/method.md#gap says what the two measure, how intervals and tests are made, and how they behave. Angles are
+computed in float64: near 0 degrees the cosine is 1 - angle^2 / 2, and float32 would lose the angle.
 
-The paper's gap measures spread as well as place: malicious prompts with the mean direction of the normal ones, but 1.5
-times as wide, have a gap of 7 degrees. The symmetric statistic does not change when the two sets swap names. It equals
-the gap where NN = MM, and is half the energy distance of the two sets (Székely and Rizzo 2013). Unequal spread alone
-leaves about a tenth of it: 0.4 to 1 degree in the example.
-
-Uncertainty is over PROMPTS. Pairs share prompts, so an interval over pairs would be many times too narrow.
-
-- Bootstrap: prompts are drawn with replacement, as multinomial weights w. A pair of two copies of one prompt has
-  angle 0 and says nothing about pairs of different prompts; it is left out: mean_NN = w'Aw / (1 - sum w_i^2). With
-  topics (clusters of prompts) known, whole topics are drawn; pairs within a topic count once for each of its copies,
-  pairs between two copies of it are left out.
-- Permutation test of "no gap": labels are exchanged over all prompts, or within each contrastive pair;
-  p = (1 + number of permuted gaps >= observed) / (1 + permutations), one-sided. `p_any` corrects for looking at
-  all layers, by the largest studentised gap of each permutation.
-- Mirror test of "one place", for the symmetric statistic. Under unequal spread labels are not exchangeable: with equal
-  mean directions and M 1.5 times as wide, the permutation test of the symmetric statistic rejects in 94 % of cases
-  (50 + 50 prompts, 24 dimensions). So both sets are moved to one mean direction, each with its own spread, and prompts
-  are reflected through the centre of their set at random (a wild bootstrap; the two prompts of a contrastive pair
-  together). The mean of these draws is what spread alone makes of the statistic. The test rejects in 0 to 8 % of such
-  cases, in 2 to 300 dimensions.
-
-Both tests are over prompts, whatever the bootstrap draws: they ask about these topics, not about topics in general.
+In the bootstrap over topics, pairs within a topic count once for each of its copies; pairs between two copies of it are
+left out.
 """
 
 from collections.abc import Hashable, Sequence
@@ -37,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from safety_mech.divergence.resampling import (
@@ -45,13 +24,12 @@ from safety_mech.divergence.resampling import (
     Statistic,
     angle_matrix,
     bootstrap_means,
-    count_distinct,
     labelled_means,
     mirrored_means,
     permuted_labels,
     prompt_numbers,
 )
-from safety_mech.stats import percentiles
+from safety_mech.stats import group_numbers, percentiles
 
 STATISTICS: tuple[Statistic, ...] = ("paper", "symmetric")
 Unit = Literal["prompts", "topics"]
@@ -156,7 +134,10 @@ def gap_curve(
     pairs; `GapCurve.sampled_gap` is that of the sampled ones.
     Raises ValueError for fewer than three prompts or topics a set, unequal pairs, or a residual stream of zero length.
     """
-    _check_sets(normal, malicious, paired)
+    if min(len(normal), len(malicious)) < 3:
+        raise ValueError(f"{len(normal)} normal and {len(malicious)} malicious prompts: expected at least 3 of each")
+    if paired:
+        check_pairs(normal, malicious)
     if min(bootstrap, permutations) < 1 or not 0 < level < 1 or (r is not None and r < 2):
         raise ValueError(
             "expected bootstrap and permutations of at least 1, a level inside (0, 1), and r of at least 2"
@@ -164,8 +145,9 @@ def gap_curve(
     n, m = len(normal), len(malicious)
     topics = _topic_numbers(n, m, normal_clusters, malicious_clusters, paired)
     angles = angle_matrix(torch.cat([normal, malicious]))
-    stats = _pair_stats(angles, n, _own_pairs(n, m, paired), r, torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed)
+    stats = [_pair_stats(angles, pairs, r, generator) for pairs in _kinds_of_pairs(n, m, paired)]
+    generator.manual_seed(seed)
     drawn = bootstrap_means(angles, topics, n, paired, bootstrap, generator)
     observed = labelled_means(angles, (torch.arange(n + m) < n)[None].double(), paired)
     permuted = labelled_means(angles, permuted_labels(n, m, paired, permutations, generator), paired)
@@ -181,7 +163,7 @@ def gap_curve(
         level=level,
         seed=seed,
         resampled="prompts" if normal_clusters is None else "topics",
-        n_resampled=(count_distinct(topics[:n]), count_distinct(topics[n:])),
+        n_resampled=(len(topics[:n].unique()), len(topics[n:].unique())),
         r=r,
     )
 
@@ -237,10 +219,9 @@ def _tested(
     return GapStatistic(gap, *percentiles(samples, level), *_p_values(gap, null), samples, null)
 
 
-def _check_sets(normal: Tensor, malicious: Tensor, paired: bool) -> None:
-    if min(len(normal), len(malicious)) < 3:
-        raise ValueError(f"{len(normal)} normal and {len(malicious)} malicious prompts: expected at least 3 of each")
-    if paired and len(normal) != len(malicious):
+def check_pairs(normal: Tensor, malicious: Tensor) -> None:
+    """Raise ValueError for sets of unequal size."""
+    if len(normal) != len(malicious):
         raise ValueError(
             f"paired: {len(normal)} normal and {len(malicious)} malicious prompts are not contrastive pairs"
         )
@@ -262,40 +243,22 @@ def _topic_numbers(
         raise ValueError(f"topics of {len(normal)} normal and {len(malicious)} malicious prompts: expected {n} and {m}")
     if paired and list(normal) != list(malicious):
         raise ValueError("paired: expected contrastive pairs to have the same topic")
-    of_n, of_m = (_numbered(clusters) for clusters in (normal, malicious))
-    topics_n, topics_m = count_distinct(of_n), count_distinct(of_m)
+    of_n, of_m = (torch.tensor(group_numbers(len(clusters), clusters)) for clusters in (normal, malicious))
+    topics_n, topics_m = len(of_n.unique()), len(of_m.unique())
     if min(topics_n, topics_m) < 3:
         raise ValueError(f"{topics_n} normal and {topics_m} malicious topics: expected at least 3 of each")
     return torch.cat([of_n, of_m if paired else of_m + topics_n])
 
 
-def _numbered(clusters: Sequence[Hashable]) -> Int[Tensor, " prompt"]:
-    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
-    return torch.tensor([numbers[cluster] for cluster in clusters])
+def _kinds_of_pairs(n: int, m: int, paired: bool) -> tuple[Int[Tensor, "2 pair"], ...]:
+    """Rows and columns of normal-normal, malicious-malicious and normal-malicious pairs, without contrastive ones."""
+    across = torch.cartesian_prod(torch.arange(n), torch.arange(m)).T
+    if paired:
+        across = across[:, across[0] != across[1]]
+    return torch.triu_indices(n, n, 1), torch.triu_indices(m, m, 1) + n, across + torch.tensor([[0], [n]])
 
 
-def _own_pairs(n: int, m: int, paired: bool) -> Bool[Tensor, "normal malicious"]:
-    return torch.eye(n, dtype=torch.bool) if paired else torch.zeros(n, m, dtype=torch.bool)
-
-
-def _pair_stats(
-    angles: Angles,
-    n: int,
-    own_pair: Bool[Tensor, "normal malicious"],
-    r: int | None,
-    generator: torch.Generator,
-) -> tuple[PairStats, PairStats, PairStats]:
-    m = angles.shape[1] - n
-    nn, mm = torch.triu_indices(n, n, 1), torch.triu_indices(m, m, 1) + n
-    nm = (~own_pair).nonzero().T + torch.tensor([[0], [n]])
-    return (
-        _stats(angles, nn, r, generator),
-        _stats(angles, mm, r, generator),
-        _stats(angles, nm, r, generator),
-    )
-
-
-def _stats(angles: Angles, pairs: Int[Tensor, "2 pair"], r: int | None, generator: torch.Generator) -> PairStats:
+def _pair_stats(angles: Angles, pairs: Int[Tensor, "2 _"], r: int | None, generator: torch.Generator) -> PairStats:
     if r is not None:
         pairs = pairs[:, torch.randperm(pairs.shape[1], generator=generator)[:r]]
     values = angles[:, pairs[0], pairs[1]]

@@ -1,13 +1,5 @@
-"""Controls for the gap: its size where nothing is harmful, and where form and words are the same.
-
-See docs/method.md#controls.
-
-- topics: harmless prompts only; one half of their topics plays "normal", the other "malicious";
-- matching: malicious and harmless prompts of equal token length, as similar in vocabulary as the sets allow.
-
-The other controls need no code of their own: contrastive pairs (`gap_curve(paired=True)`), the base model
-(`gap_difference`), shuffled labels (`GapCurve.null`).
-"""
+"""Controls for the gap (docs/method.md#controls): topics, and matching by length and words. The other controls need no
+code of their own: `gap_curve(paired=True)`, `gap_difference`, `GapCurve.null`."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +13,7 @@ from torch import Tensor
 def topic_halves(topics: Sequence[str], samples: int = 500, seed: int = 0) -> Bool[Tensor, "sample prompt"]:
     """Random splits of the topics in two halves; True where a prompt's topic plays "normal".
 
-    Rows for `divergence.labelled_gaps`. Raises ValueError for fewer than four topics.
+    Rows for `labelled_means`. Raises ValueError for fewer than four topics.
     """
     names = sorted(set(topics))
     if len(names) < 4:
@@ -39,14 +31,15 @@ def single_topics(topics: Sequence[str]) -> Bool[Tensor, "sample prompt"]:
 
 @dataclass(frozen=True)
 class Matched:
-    """Pairs of indices (malicious, normal) and how alike they are: means over the pairs, and over the whole sets."""
+    """Pairs of indices (malicious, normal) and how alike they are: means over the pairs; `before`: over the whole sets.
+
+    `shared_words`: share of words in common (Jaccard). `length_difference`: tokens that the malicious one is longer by.
+    """
 
     pairs: tuple[tuple[int, int], ...]
     shared_words: float
-    """Mean share of words in common (Jaccard); `shared_words_before`: of all malicious-normal pairs of the sets."""
     shared_words_before: float
     length_difference: float
-    """Mean tokens that the malicious prompt is longer by; `length_difference_before`: of the whole sets."""
     length_difference_before: float
 
 
@@ -69,8 +62,7 @@ def match_prompts(
     left = torch.where((lengths_m[:, None] - lengths_n[None]).abs() <= tolerance, similar, -1.0)
     pairs: list[tuple[int, int]] = []
     while len(pairs) < count:
-        best = int(left.argmax())
-        row, column = best // len(normal), best % len(normal)
+        row, column = divmod(int(left.argmax()), len(normal))
         if left[row, column] < 0:
             raise ValueError(
                 f"{count} matched prompts are wanted, but only {len(pairs)} agree in length: ask for fewer"

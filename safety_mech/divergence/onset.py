@@ -1,7 +1,6 @@
 """The initial range: from the layer where the gap appears to the layer where its growth first flattens (§3.4).
 
-The paper reads both off a plot. Here the rule is written down; every number of it is a field of `OnsetRule`. It is
-read off a model's gap curve, or off the difference of its curve to that of the model before alignment.
+It is read off a model's gap curve, or off the difference of its curve to that of the model before alignment.
 """
 
 from collections import Counter
@@ -38,8 +37,7 @@ class OnsetRule:
 
 DEFAULT_RULE = OnsetRule()
 DIFFERENCE_RULE = OnsetRule(min_gap=0.0)
-"""For a difference of two models' curves on the same prompts: what the prompts make is subtracted, so any gap above 0
-that is no noise is alignment's."""
+"""For a difference of two models' curves: what the prompts make is subtracted, so any gap above 0 is alignment's."""
 
 
 def initial_range(

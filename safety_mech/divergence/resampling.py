@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from safety_mech.stats import resampled_counts
 
@@ -65,17 +66,8 @@ class MeanAngles:
         return self.nm - (self.nn + self.mm) / 2
 
 
-def labelled_gaps(
-    angles: Angles,
-    normal_weight: Float[Tensor, "sample prompt"],
-    paired: bool = False,
-    statistic: Statistic = "paper",
-) -> Float[Tensor, "sample layer"]:
-    """Gaps for many labellings at once; `normal_weight` is 1 where a prompt counts as normal, else 0."""
-    return getattr(labelled_means(angles, normal_weight, paired), statistic)
-
-
-def labelled_means(angles: Angles, normal_weight: Float[Tensor, "sample prompt"], paired: bool) -> MeanAngles:
+def labelled_means(angles: Angles, normal_weight: Float[Tensor, "sample prompt"], paired: bool = False) -> MeanAngles:
+    """For many labellings at once; `normal_weight` is 1 where a prompt counts as normal, else 0."""
     prompts = angles.shape[1]
     numbers = prompt_numbers(prompts // 2, prompts - prompts // 2, paired)
     return weighted_means(angles, normal_weight, 1.0 - normal_weight, numbers)
@@ -118,10 +110,9 @@ def bootstrap_means(
 ) -> MeanAngles:
     """Mean angles of prompts, or of whole topics, drawn with replacement."""
     of_n, of_m = topics[:n], topics[n:] - topics[n]
-    counts_n = pairable_counts(samples, count_distinct(of_n), generator)
-    counts_m = counts_n if paired else pairable_counts(samples, count_distinct(of_m), generator)
-    zeros_n, zeros_m = torch.zeros(samples, len(of_m)).double(), torch.zeros(samples, len(of_n)).double()
-    w_n, w_m = torch.cat([counts_n[:, of_n], zeros_n], 1), torch.cat([zeros_m, counts_m[:, of_m]], 1)
+    counts_n = pairable_counts(samples, len(of_n.unique()), generator)
+    counts_m = counts_n if paired else pairable_counts(samples, len(of_m.unique()), generator)
+    w_n, w_m = pad(counts_n[:, of_n], (0, len(of_m))), pad(counts_m[:, of_m], (n, 0))
     prompts = prompt_numbers(n, len(of_m), paired)
     within = (topics[:, None] == topics[None]) & (prompts[:, None] != prompts[None])
     return weighted_means(angles, w_n, w_m, topics, within if within.any() else None)
@@ -142,27 +133,23 @@ def mirrored_means(
     """
     n, m = len(normal), len(malicious)
     units = [_unit(normal), _unit(malicious)]
-    shared = _unit(sum((_unit(unit.mean(0)) for unit in units), torch.zeros_like(units[0][0])))
-    images = torch.cat([image for unit in units for image in _mirror_images(unit, shared)])
+    shared = _unit(torch.stack([_unit(unit.mean(0)) for unit in units]).sum(0))
+    images = torch.cat([_mirror_images(unit, shared) for unit in units])
     signs_n = torch.randint(2, (draws, n), generator=generator).double()
     signs_m = signs_n if paired else torch.randint(2, (draws, m), generator=generator).double()
-    none_n, none_m = torch.zeros(draws, 2 * n).double(), torch.zeros(draws, 2 * m).double()
+    w_n = pad(torch.cat([signs_n, 1 - signs_n], 1), (0, 2 * m))
+    w_m = pad(torch.cat([signs_m, 1 - signs_m], 1), (2 * n, 0))
     numbers = prompt_numbers(n, m, paired)
-    return weighted_means(
-        _angles(images),
-        torch.cat([signs_n, 1 - signs_n, none_m], 1),
-        torch.cat([none_n, signs_m, 1 - signs_m], 1),
-        torch.cat([numbers[:n].repeat(2), numbers[n:].repeat(2)]),
-    )
+    return weighted_means(_angles(images), w_n, w_m, torch.cat([numbers[:n].repeat(2), numbers[n:].repeat(2)]))
 
 
 def _mirror_images(
     unit: Float[Tensor, "prompt layer d_model"], shared: Float[Tensor, "layer d_model"]
-) -> tuple[Float[Tensor, "prompt layer d_model"], Float[Tensor, "prompt layer d_model"]]:
+) -> Float[Tensor, "image layer d_model"]:
     mean, n = unit.mean(0), len(unit)
     centre = mean.norm(dim=-1, keepdim=True) * shared
     residuals = (unit - mean) * (n / (n - 1)) ** 0.5
-    return centre + residuals, centre - residuals
+    return torch.cat([centre + residuals, centre - residuals])
 
 
 def pairable_counts(samples: int, n: int, generator: torch.Generator) -> Float[Tensor, "sample prompt"]:
@@ -186,7 +173,3 @@ def permuted_labels(
 
 def prompt_numbers(n: int, m: int, paired: bool) -> Int[Tensor, " prompt"]:
     return torch.arange(n).repeat(2) if paired else torch.arange(n + m)
-
-
-def count_distinct(numbers: Int[Tensor, " prompt"]) -> int:
-    return len(numbers.unique())

@@ -1,27 +1,23 @@
 """The refusal direction of every layer, by difference of means; ablating it and adding it (Arditi et al. 2024).
 
-    r_k = mean of v_k over malicious prompts - mean of v_k over harmless prompts
+    r_k = mean of v_k over malicious prompts - mean of v_k over harmless prompts          v_k: residuals.py
 
-v_k is the residual stream after block k at the last token (residuals.py). Means are taken in float64, because in
-the last layers the streams are a hundred times longer than their difference.
-
-`separation` measures how well a layer tells the two sets apart, on held-out prompts: with more dimensions than prompts,
-a direction separates the prompts it was computed from in any layer.
+Means are taken in float64, because in the last layers the streams are a hundred times longer than their difference.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.stats import mannwhitneyu
 from torch import Tensor
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
+from safety_mech.divergence.angles import check_pairs
 from safety_mech.layers import LayerRange
-from safety_mech.models.forward import Hooks
 
 RESIDUAL_POINTS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")
 """Where a block reads or leaves the residual stream; a parallel block has no hook_resid_mid."""
@@ -62,7 +58,8 @@ def separation(
     folds: int = 5,
     seed: int = 0,
 ) -> Separation:
-    """Cross-validated separation of every layer.
+    """Cross-validated separation of every layer: with more dimensions than prompts, a direction separates the prompts
+    it was computed from in any layer.
 
     1. deal the prompts of both sets out to `folds` folds (`paired`: row i of both sets goes to one fold);
     2. for each fold, take the direction from all other folds, and project the fold's prompts on it;
@@ -73,26 +70,18 @@ def separation(
     smaller = min(len(normal), len(malicious))
     if folds < 2 or smaller < 2 * folds:
         raise ValueError(f"{folds} folds of {smaller} prompts: expected at least 2 folds with 2 prompts of each set")
-    if paired and len(normal) != len(malicious):
-        raise ValueError(
-            f"paired: {len(normal)} normal and {len(malicious)} malicious prompts are not contrastive pairs"
-        )
+    if paired:
+        check_pairs(normal, malicious)
     generator = torch.Generator().manual_seed(seed)
-    fold_n = _dealt(len(normal), folds, generator)
-    fold_m = fold_n if paired else _dealt(len(malicious), folds, generator)
+    fold_n = torch.randperm(len(normal), generator=generator) % folds
+    fold_m = fold_n if paired else torch.randperm(len(malicious), generator=generator) % folds
     parts = []
     for fold in range(folds):
         direction = difference_of_means(normal[fold_n != fold], malicious[fold_m != fold])
         held_out = (normal[fold_n == fold], malicious[fold_m == fold])
         projected = [torch.einsum("pld,ld->pl", x.double(), direction) for x in held_out]
         parts.append(torch.stack([auc(*projected), d_prime(*projected)]))
-    mean = torch.stack(parts).mean(0)
-    return Separation(mean[0], mean[1])
-
-
-def _dealt(count: int, folds: int, generator: torch.Generator) -> Int[Tensor, " prompt"]:
-    """The fold of every prompt: folds of equal size, up to one."""
-    return torch.randperm(count, generator=generator) % folds
+    return Separation(*torch.stack(parts).mean(0))
 
 
 def auc(normal: Float[Tensor, "normal layer"], malicious: Float[Tensor, "malicious layer"]) -> Float[Tensor, " layer"]:
@@ -121,8 +110,12 @@ def ablated(
     unit = _unit(model, direction)
     chosen = layers.check_inside(model.cfg.n_layers) if layers else LayerRange(0, model.cfg.n_layers - 1)
     names = [f"blocks.{layer}.{point}" for layer in chosen for point in RESIDUAL_POINTS]
-    hooks: Hooks = [(name, _projecting_out(unit)) for name in names if name in model.hook_dict]
-    with model.hooks(fwd_hooks=hooks):
+
+    def project_out(resid: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> Float[Tensor, "prompt pos d_model"]:
+        along = unit.to(resid)
+        return resid - (resid @ along)[..., None] * along
+
+    with model.hooks(fwd_hooks=[(name, project_out) for name in names if name in model.hook_dict]):
         yield model
 
 
@@ -136,7 +129,11 @@ def added(
     """
     LayerRange(layer, layer).check_inside(model.cfg.n_layers)
     _unit(model, direction)
-    with model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", _adding(coefficient * direction))]):
+
+    def add(resid: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> Float[Tensor, "prompt pos d_model"]:
+        return resid + (coefficient * direction).to(resid)
+
+    with model.hooks(fwd_hooks=[(f"blocks.{layer}.hook_resid_post", add)]):
         yield model
 
 
@@ -149,18 +146,3 @@ def _unit(model: HookedTransformer, direction: Float[Tensor, " d_model"]) -> Flo
     if not (length.isfinite() and length > 0):
         raise ValueError("the direction has no length, or is not finite: expected the difference of two means")
     return direction.double() / length
-
-
-def _projecting_out(unit: Float[Tensor, " d_model"]) -> Callable[..., Tensor]:
-    def project_out(resid: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> Float[Tensor, "prompt pos d_model"]:
-        along = unit.to(resid)
-        return resid - (resid @ along)[..., None] * along
-
-    return project_out
-
-
-def _adding(vector: Float[Tensor, " d_model"]) -> Callable[..., Tensor]:
-    def add(resid: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> Float[Tensor, "prompt pos d_model"]:
-        return resid + vector.to(resid)
-
-    return add

@@ -6,14 +6,13 @@ A recipe says which activations are multiplied. It is data; a new one takes one 
 
     RECIPES["keys"] = Recipe(("attn.hook_k",))
 
-`weights` is the paper's recipe: the projection WEIGHTS q, k, v, o, gate, up and down times alpha, without norms and
-biases. Inside, the parameters point to multiplied copies, so the logits equal those of a multiplied model bit for bit.
-(Scaled activations are the same in exact arithmetic, but float32 rounds them differently, by 1e-4 in the logits of a
-30-layer model.) Low-rank updates of these weights are multiplied with them.
+`weights` is the paper's recipe. Inside, the parameters point to multiplied copies, so the logits equal those of a
+multiplied model bit for bit. (Scaled activations are the same in exact arithmetic, but float32 rounds them differently,
+by 1e-4 in the logits of a 30-layer model.) Low-rank updates of these weights are multiplied with them.
 
-With `positions` the weights stay and activations are scaled. For o this is its input `hook_z`, for down its input
-`mlp.hook_post`: their biases are untouched, and models that normalise after the block are right too. The biases of q,
-k, v (and of an ungated up) are subtracted before scaling and added again.
+With `positions` the weights stay and activations are scaled: for o its input `hook_z`, for down its input
+`mlp.hook_post`. So their biases are untouched, and models that normalise after the block are right too. The biases of
+q, k, v (and of an ungated up) are subtracted before scaling and added again.
 """
 
 import math

@@ -1,7 +1,6 @@
 """With the base model at hand: how much each layer's weights moved, and its layers put back one range at a time.
 
-Both need the model before alignment, which a user of somebody else's model seldom has: they are references for the
-locators that do without it.
+Both need the model before alignment, which a user of somebody else's model seldom has.
 """
 
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ def weight_change(model: HookedTransformer, base: HookedTransformer) -> Float[Te
     changes = []
     for layer in range(model.cfg.n_layers):
         moved, size = 0.0, 0.0
-        for (_, ours), (_, theirs) in zip(*paired_parameters(model, base, layer), strict=True):
+        for ours, theirs in paired_parameters(model, base, layer):
             if ours.ndim > 1:
                 moved += float((ours.data - theirs.data).double().square().sum())
                 size += float(theirs.data.double().square().sum())
@@ -40,22 +39,18 @@ def swapped(model: HookedTransformer, base: HookedTransformer, layers: LayerRang
     Raises ValueError for models of different shapes or layers outside the model.
     """
     layers.check_inside(model.cfg.n_layers)
-    pairs = [
-        (ours, theirs.data)
-        for layer in layers
-        for (_, ours), (_, theirs) in zip(*paired_parameters(model, base, layer), strict=True)
-    ]
-    with replaced(pairs):
+    pairs = [pair for layer in layers for pair in paired_parameters(model, base, layer)]
+    with replaced([(ours, theirs.data) for ours, theirs in pairs]):
         yield model
 
 
 def paired_parameters(
     model: HookedTransformer, base: HookedTransformer, layer: int
-) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
-    """A layer's named parameters in both models, in one order; ValueError for models of different shapes."""
+) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Each of a layer's parameters, and the base's of the same name; ValueError for models of different shapes."""
     if model.cfg.n_layers != base.cfg.n_layers:
         raise ValueError(f"model and base have {model.cfg.n_layers} and {base.cfg.n_layers} layers: not its base")
     ours, theirs = (sorted(part.blocks[layer].named_parameters()) for part in (model, base))
     if [(name, p.shape) for name, p in ours] != [(name, p.shape) for name, p in theirs]:
         raise ValueError(f"layer {layer} of model and base has parameters of different shapes: not its base")
-    return ours, theirs
+    return [(mine, other) for (_, mine), (_, other) in zip(ours, theirs, strict=True)]

@@ -1,4 +1,4 @@
-"""At which strength to scale (paper A.3.4), measured in refusals.
+"""At which strength to scale (paper A.3.4), measured in refusals: docs/method.md#alpha has the formulas.
 
 At every alpha of a list the progressive search runs anew. Two rules then choose one alpha from that curve:
 
@@ -6,15 +6,6 @@ At every alpha of a list the progressive search runs anew. Two rules then choose
             are not degenerate
     paper   the first alpha at which the rate's standard deviation over the lower sweep reaches 2.5 %, which is
             15-20 of the paper's 721 prompts
-
-Too near 1 nothing moves; too far the model's output is degenerate. A ratio of signal to noise does not show where:
-near 1 the effect and its noise shrink together, and their ratio stays while no answer changes.
-
-    v[r, p]   refusal of prompt p with range r scaled (a probability, or 0 and 1), d[r, p] = v[r, p] - mean over ranges
-    spread^2 = sum over r of (m[r]^2 - var(m[r])) / (R - 1)      m[r] = mean over prompts of d[r, p]
-    p-value    sign flips: the d of a cluster of prompts (one word, one topic) change sign together
-
-var(m[r]) comes from the differences between clusters. Sign flips preserve what neighbouring ranges have in common.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -26,11 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from safety_mech.layers import LayerRange
-from safety_mech.localization.search import Direction, NotFiniteError, SearchResult, progressive_search
+from safety_mech.localization.search import Cell, NotFiniteError, Search, mean_of
 from safety_mech.stats import group_numbers
 
-Cell = Callable[[LayerRange], Float[Tensor, " prompt"]]
-"""From a range to every prompt's refusal with that range scaled: a probability, or 0 and 1."""
 Rule = Literal["auto", "paper"]
 
 ALPHA_STEPS = 10
@@ -84,13 +73,13 @@ def measure_alpha(
     alpha: float,
     cell: Cell,
     degenerate: Callable[[LayerRange], float],
-    search: Callable[[Cell], SearchResult],
+    search: Search,
     clusters: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> AlphaPoint:
     """Run the search at one alpha. `degenerate`: share of degenerate answers with a range scaled."""
     try:
-        found = search(cell)
+        found = search(mean_of(cell))
     except NotFiniteError:
         nan = float("nan")
         return AlphaPoint(alpha, None, nan, nan, 1.0, nan, 1.0)
@@ -108,24 +97,24 @@ def measure_alpha(
     )
 
 
-def choose_alpha(points: Sequence[AlphaPoint], rule: Rule) -> AlphaChoice:
-    """Choose from a curve, nearest to 1 first. Where no alpha meets the rule's condition, `reached` is False, and the
-    alpha is the last one (paper), or the one with the fewest degenerate answers (auto)."""
+def choose_alpha(points: Sequence[AlphaPoint], rule: Rule | None) -> AlphaChoice:
+    """Choose from a curve, nearest to 1 first; None: the one alpha of the curve was given. Where no alpha meets the
+    rule's condition, `reached` is False, and the alpha is the last one (paper), or the one with the fewest degenerate
+    answers (auto)."""
     if not points:
         raise ValueError("no alphas were measured: expected at least one")
     if rule == "paper":
         reached = [point for point in points if point.lower_spread >= PAPER_SPREAD]
         chosen = reached[0] if reached else points[-1]
-    else:
+    elif rule == "auto":
         reached = [point for point in points if point.range is not None and point.degenerate < MAX_DEGENERATE]
         chosen = (
             max(reached, key=lambda point: point.spread) if reached else min(points, key=lambda point: point.degenerate)
         )
-    return AlphaChoice(chosen.alpha, rule, bool(reached), tuple(points), _agreement(points, chosen))
-
-
-def given_alpha(point: AlphaPoint) -> AlphaChoice:
-    return AlphaChoice(point.alpha, "given", point.range is not None, (point,), None)
+    else:
+        reached = [point for point in points if point.range is not None]
+        chosen = points[0]
+    return AlphaChoice(chosen.alpha, rule or "given", bool(reached), tuple(points), _agreement(points, chosen))
 
 
 def _agreement(points: Sequence[AlphaPoint], chosen: AlphaPoint) -> float | None:
@@ -179,16 +168,3 @@ def _cluster_sums(
     numbers = torch.tensor(group_numbers(values.shape[1], clusters))
     sums = torch.zeros(len(values), int(numbers.max()) + 1, dtype=torch.float64)
     return sums.index_add_(1, numbers, differences), values.shape[1]
-
-
-def search_at(
-    initial: LayerRange, *, n_layers: int, window: int, direction: Direction
-) -> Callable[[Cell], SearchResult]:
-    """The progressive search on a cell's mean over prompts."""
-    return lambda cell: progressive_search(
-        lambda layers: float(cell(layers).double().mean()),
-        initial,
-        n_layers=n_layers,
-        window=window,
-        direction=direction,
-    )

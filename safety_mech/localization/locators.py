@@ -2,26 +2,13 @@
 
     LOCATORS["decision_window"](model, PromptSets(normal, malicious, pairs=pairs)).range
 
-| method | what it looks at | per-layer score |
-|---|---|---|
-| gap | the paper's first step: where the cosine gap opens (onset.py) | gap, degrees |
-| search, search_below, search_weights | the paper's scaling search, from there | share of bootstrap answers with it |
-| grid | the best of all ranges, by the paper's measure | refusals with the layer scaled alone, minus unscaled |
-| direction | where harmful and harmless come apart along the difference of means | growth of d' from the layer before |
-| patching | layer outputs exchanged within contrastive pairs | change of log-odds, nats |
-| decision | the stream exchanged within pairs: where the last token first has the decision | share that arrives |
-| decision_window | the same, and three layers before it, which write what it reads | share that arrives |
-| margin_attn | slope of the margin by the scale on a layer's attention output (slopes.py) | nats per unit of scale |
-
-With the base model at hand (`base_locators(base)`): gap_difference, weight_change, swap.
-
-Gap, search, grid, decision and decision_window have rules of their own for the range; all others take the one of
-segments.py. The paper's search always answers here, also where `locate_by_scaling` would find nothing. Without a gap it
-starts from the middle third of the model. `detail` says both. See docs/method.md#locators.
+docs/method.md#locators says what each looks at, and by which rule its scores become a range. The paper's search always
+answers here, also where `locate_by_scaling` would find nothing. Without a gap it starts from the middle third of the
+model. `detail` says both.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -30,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from safety_mech.divergence.angles import GapCurve, gap_difference
+from safety_mech.divergence.angles import GapCurve, GapDifference, gap_difference
 from safety_mech.divergence.onset import DIFFERENCE_RULE, initial_range, initial_range_samples
 from safety_mech.interventions.directions import separation
 from safety_mech.interventions.weight_swap import weight_change
 from safety_mech.layers import LayerRange
 from safety_mech.localization.measurements import AnyLocator, Located, Locator, Measurements, PromptSets
-from safety_mech.localization.safety_layers import SafetyLayers, direction_of, locate_by_scaling
+from safety_mech.localization.safety_layers import SafetyLayers, locate_by_scaling
 from safety_mech.localization.search import grid_best
 from safety_mech.localization.segments import best_ranges, best_segment
 from safety_mech.localization.slopes import PARTS, log_odds_slopes, margin
@@ -57,8 +44,7 @@ design organisms of planted.py (0.22, 0.44, 0.67, 0.69, 0.67, 0.67), fixed befor
 
 def locate_by_gap(measured: Measurements) -> Located:
     """The paper's initial range, by the rule of onset.py."""
-    curve = measured.curve
-    return Located("gap", initial_range(curve), curve.gap, initial_range_samples(curve), f"p = {curve.p_any:.3f}")
+    return _by_onset("gap", measured.curve)
 
 
 def locate_by_search(measured: Measurements, method: str, recipe: str, above: bool = True) -> Located:
@@ -66,25 +52,23 @@ def locate_by_search(measured: Measurements, method: str, recipe: str, above: bo
     found, detail = _search(measured, recipe, above, grid=False)
     if found.sweeps is None:
         raise ValueError(found.reason)
-    total = max(1, found.samples.total())
-    layers = range(measured.n_layers)
-    held = [sum(count for r, count in found.samples.items() if layer in r) / total for layer in layers]
-    scores = torch.tensor(held, dtype=torch.float64)
-    return Located(method, found.sweeps[1].best, scores, Counter({**found.samples}), detail)
+    counted = Counter(layer for answer in found.samples.elements() for layer in answer)
+    held = torch.tensor([counted[layer] for layer in range(measured.n_layers)]).double()
+    scores = held / max(1, found.samples.total())
+    return Located(method, found.sweeps.range, scores, Counter({**found.samples}), detail)
 
 
 def locate_by_grid(measured: Measurements) -> Located:
     """The best of all ranges, of any width."""
     found, detail = _search(measured, "attn_out", above=True, grid=True)
-    if found.grid is None or found.alpha is None or found.baseline is None:
+    if found.grid is None or found.baseline is None:
         raise ValueError(found.reason)
-    direction = direction_of(found.alpha.alpha)
     numbers = group_numbers(found.grid.shape[-1], measured.prompts.clusters)
     counts = resampled_counts(SAMPLES, max(numbers) + 1, _generator(measured))[:, numbers]
     means = found.grid @ (counts / counts.sum(1, keepdim=True)).T
-    samples = Counter(grid_best(mean[..., None], direction) for mean in means.unbind(-1))
+    samples = Counter(grid_best(mean[..., None], "max") for mean in means.unbind(-1))
     alone = found.grid.diagonal().mean(0) - found.baseline.mean()
-    return Located("grid", grid_best(found.grid, direction), alone, samples, detail)
+    return Located("grid", found.best_of_grid, alone, samples, detail)
 
 
 def locate_by_direction(measured: Measurements) -> Located:
@@ -122,8 +106,8 @@ def locate_by_decision(measured: Measurements, method: str, lead: int = 0) -> Lo
         return Located(method, None, added.mean(0), Counter(), f"{detail}; {reason}")
     shares = added.mean(0) / added.mean(0).sum()
     samples = _resampled(added, _generator(measured))
-    answers = Counter(led_by(_decided_in(row), lead) for row in samples)
-    found = led_by(_decided_in(added.mean(0)), lead)
+    answers = Counter(_decided_in(row, lead) for row in samples)
+    found = _decided_in(added.mean(0), lead)
     held = float(shares[found.start : found.end + 1].sum()) if found else 0.0
     return Located(method, found, shares, answers, f"{detail}; {held:.0%} of the decision arrives there")
 
@@ -132,36 +116,30 @@ def _pairs_used(measured: Measurements) -> str:
     return f"{len(measured.pairs)} of {len(measured.prompts.pairs)} pairs are of equal token length"
 
 
-def _decided_in(added: Float[Tensor, " layer"]) -> LayerRange | None:
+def _decided_in(added: Float[Tensor, " layer"], lead: int) -> LayerRange | None:
     """The first run of layers with DECISION_SHARE of the whole; None where the whole is not above 0."""
     whole = added.sum()
-    return first_run(added / whole, DECISION_SHARE) if whole > 0 else None
+    return first_run(added / whole, DECISION_SHARE, lead) if whole > 0 else None
 
 
-def led_by(found: LayerRange | None, lead: int) -> LayerRange | None:
-    """The range with as many layers before it added, as far as there are any."""
-    return LayerRange(max(0, found.start - lead), found.end) if found else None
-
-
-def first_run(scores: Float[Tensor, " layer"], least: float) -> LayerRange | None:
-    """The first layer with at least this score, and those right behind it that have it, too."""
-    enough = [layer for layer, score in enumerate(scores.tolist()) if score >= least]
-    if not enough:
+def first_run(scores: Float[Tensor, " layer"], least: float, lead: int = 0) -> LayerRange | None:
+    """The first layer with at least this score, those right behind it that have it, too, and `lead` layers before
+    them, as far as there are any."""
+    enough = [score >= least for score in scores.tolist()]
+    if True not in enough:
         return None
-    end = enough[0]
-    while end + 1 in enough:
-        end += 1
-    return LayerRange(enough[0], end)
+    start = enough.index(True)
+    return LayerRange(max(0, start - lead), [*enough, False].index(False, start) - 1)
 
 
 def locate_by_margin(measured: Measurements) -> Located:
     """Slope of the margin by the scale on a layer's attention output."""
-    prompts, part = measured.prompts, PARTS.index("attn_out")
-    malicious, normal = (
-        log_odds_slopes(measured.model, texts, prompts.template, measured.phrases)[:, part]
-        for texts in (prompts.malicious, prompts.normal)
-    )
-    return _by_margin("margin_attn", malicious, normal, measured)
+
+    def slopes(texts: Sequence[str]) -> Float[Tensor, "prompt layer"]:
+        found = log_odds_slopes(measured.model, texts, measured.prompts.template, measured.phrases)
+        return found[:, PARTS.index("attn_out")]
+
+    return _by_margin("margin_attn", slopes, measured)
 
 
 LOCATORS: dict[str, AnyLocator] = {
@@ -186,21 +164,15 @@ def base_locators(base: HookedTransformer) -> dict[str, AnyLocator]:
     """Locators that compare with the model before alignment, under the same signature."""
 
     def gap_of_difference(measured: Measurements) -> Located:
-        difference = gap_difference(measured.curve, Measurements(base, measured.prompts).curve)
-        samples = initial_range_samples(difference)
-        detail = f"p = {difference.p_any:.3f}"
-        return Located("gap_difference", initial_range(difference), difference.gap, samples, detail)
+        before = Measurements(base, measured.prompts).curve
+        return _by_onset("gap_difference", gap_difference(measured.curve, before))
 
     def weights(measured: Measurements) -> Located:
         return _by_segment("weight_change", weight_change(measured.model, base))
 
     def swap(measured: Measurements) -> Located:
-        prompts = measured.prompts
-        malicious, normal = (
-            swap_losses(measured.model, base, texts, prompts.template, measured.phrases)
-            for texts in (prompts.malicious, prompts.normal)
-        )
-        return _by_margin("swap", malicious, normal, measured)
+        settings = (measured.prompts.template, measured.phrases)
+        return _by_margin("swap", lambda texts: swap_losses(measured.model, base, texts, *settings), measured)
 
     return dict(zip(BASE_METHODS, map(Locator, (gap_of_difference, weights, swap)), strict=True))
 
@@ -281,6 +253,10 @@ def _search(measured: Measurements, recipe: str, above: bool, grid: bool) -> tup
     return found, f"from {start} ({source}); alpha {found.alpha.alpha}; {found.reason}"
 
 
+def _by_onset(method: str, curve: GapCurve | GapDifference) -> Located:
+    return Located(method, initial_range(curve), curve.gap, initial_range_samples(curve), f"p = {curve.p_any:.3f}")
+
+
 def _starting_range(curve: GapCurve) -> tuple[LayerRange, str]:
     """The paper starts where the gap opens; where the rule accepts none, from any gap above 0, else from the middle."""
     for rule, source in ((None, "the gap's range"), (DIFFERENCE_RULE, "any significant gap")):
@@ -305,11 +281,9 @@ def _by_segment(
 
 
 def _by_margin(
-    method: str,
-    malicious: Float[Tensor, "malicious layer"],
-    normal: Float[Tensor, "normal layer"],
-    measured: Measurements,
+    method: str, values_of: Callable[[Sequence[str]], Float[Tensor, "prompt layer"]], measured: Measurements
 ) -> Located:
+    malicious, normal = (values_of(texts) for texts in (measured.prompts.malicious, measured.prompts.normal))
     generator = _generator(measured)
     samples = _resampled(malicious, generator) - _resampled(normal, generator)
     return _by_segment(method, margin(malicious, normal), samples)

@@ -72,11 +72,8 @@ class Measurements:
     @cached_property
     def residuals(self) -> tuple[Float[Tensor, "normal layer d_model"], Float[Tensor, "malicious layer d_model"]]:
         """Residual stream at the last token: of normal, then of malicious prompts."""
-        normal, malicious = (
-            last_token_residuals(self.model, texts, self.prompts.template)
-            for texts in (self.prompts.normal, self.prompts.malicious)
-        )
-        return normal, malicious
+        normal, malicious, template = self.prompts.normal, self.prompts.malicious, self.prompts.template
+        return last_token_residuals(self.model, normal, template), last_token_residuals(self.model, malicious, template)
 
     @cached_property
     def curve(self) -> GapCurve:
@@ -118,13 +115,12 @@ class Located:
         """Back from JSON as `to_plain` gave it."""
         samples = Counter({_range_of(layers): count for layers, count in record["samples"]})
         scores = torch.tensor(record["scores"], dtype=torch.float64)
-        return cls(record["method"], _range_of(record["range"]), scores, samples, record["detail"])
+        return cls(**record | {"range": _range_of(record["range"]), "scores": scores, "samples": samples})
 
     def to_plain(self) -> dict[str, Any]:
         """What JSON knows; ranges as [start, end]."""
         samples = [[_ends(layers), count] for layers, count in self.samples.most_common()]
-        parts = {"method": self.method, "range": _ends(self.range), "scores": self.scores.tolist()}
-        return {**parts, "samples": samples, "detail": self.detail}
+        return {**vars(self), "range": _ends(self.range), "scores": self.scores.tolist(), "samples": samples}
 
 
 @dataclass(frozen=True)

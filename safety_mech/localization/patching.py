@@ -1,18 +1,17 @@
-"""Activation patching within contrastive pairs: a layer's output for the harmless prompt in the harmful run, and back.
+"""Activation patching within contrastive pairs: a layer's output for the harmless prompt in the harmful run, and back
+(docs/method.md#locators).
 
-The two prompts of a contrastive pair (prompts.py) share their sentence frame. Where they have equally many tokens, they
-are lined up position by position. One layer's output in one run then replaces its output in the other, and the refusal
-log-odds are read again. A layer whose output alone carries "this is harmful" lowers them in the harmful run and raises
-them in the harmless one.
+Where the two prompts of a pair have equally many tokens, they are lined up position by position. One layer's output in
+one run then replaces its output in the other, and the refusal log-odds are read again. A layer whose output alone
+carries "this is harmful" lowers them in the harmful run and raises them in the harmless one.
 
 What is patched is a layer's CONTRIBUTION to the residual stream: attention output, MLP output, or both, which is
-resid_post - resid_pre. The stream itself ("resid") holds all layers before it. Its curve says from which layer on
-everything is there, not which layer wrote it.
+resid_post - resid_pre. The stream itself ("resid") holds all layers before it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -21,8 +20,8 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from safety_mech.models.chat import Template, check_context, encode_chat, equal_length_batches, tokenizer_of
-from safety_mech.models.forward import Cache, Hooks, common_prefix, embed, run_blocks, stack_rest
+from safety_mech.models.chat import ChatTokens, Template, check_context, encode_chat, equal_length_batches, tokenizer_of
+from safety_mech.models.forward import Cache, common_prefix, embed, run_blocks, stack_rest
 from safety_mech.prompts import PromptPair
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, Chain, append_chain, chain_log_prob, log_odds, phrase_chains
 
@@ -71,10 +70,16 @@ def equal_length_pairs(
     model: HookedTransformer, pairs: Sequence[PromptPair], template: str | Template = "own"
 ) -> list[PromptPair]:
     """Those pairs whose two prompts have the same number of tokens: only they can be lined up."""
-    tokenizer = tokenizer_of(model)
-    sides = [[pair.malicious for pair in pairs], [pair.normal for pair in pairs]]
-    malicious, normal = (encode_chat(tokenizer, side, template) for side in sides)
+    malicious, normal = _encode_sides(model, pairs, template)
     return [pair for pair, m, n in zip(pairs, malicious, normal, strict=True) if len(m) == len(n)]
+
+
+def _encode_sides(
+    model: HookedTransformer, pairs: Sequence[PromptPair], template: str | Template
+) -> list[list[ChatTokens]]:
+    """The malicious prompts of all pairs, and the normal ones."""
+    sides = [[pair.malicious for pair in pairs], [pair.normal for pair in pairs]]
+    return [encode_chat(tokenizer_of(model), side, template) for side in sides]
 
 
 def patch_pairs(
@@ -100,15 +105,13 @@ def patch_pairs(
     """
     if what not in PATCHES:
         raise ValueError(f"what = {what!r}: expected one of {', '.join(PATCHES)}")
-    if positions not in ("last", "answer", "all"):
+    if positions not in get_args(Positions):
         raise ValueError(f"positions {positions!r}: expected last, answer or all")
-    tokenizer = tokenizer_of(model)
-    malicious = encode_chat(tokenizer, [pair.malicious for pair in pairs], template)
-    normal = encode_chat(tokenizer, [pair.normal for pair in pairs], template)
+    malicious, normal = _encode_sides(model, pairs, template)
     for index, (m, n) in enumerate(zip(malicious, normal, strict=True)):
         if len(m) != len(n):
             raise ValueError(f"pair {index}: {len(m)} and {len(n)} tokens; take equal_length_pairs(model, pairs)")
-    chains = phrase_chains(tokenizer, template, phrases)
+    chains = phrase_chains(tokenizer_of(model), template, phrases)
     check_context(malicious, model.cfg.n_ctx, max(len(chain.tokens) for chain in chains))
     log_p = torch.full((1 + model.cfg.n_layers, 2, len(pairs)), -torch.inf, dtype=torch.float64)
     bar = tqdm(total=len(pairs) * len(chains), desc="patching", unit="pair", disable=not progress)
@@ -148,10 +151,16 @@ def _patched_batch(
     for entry in cache:
         entry.frozen = True
     tokens, offset = tokens[:, first:], offset + first
+    half = len(tokens) // 2
     outputs: dict[str, Tensor] = {}
 
     def store(activation: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> None:
         outputs[str(hook.name)] = activation
+
+    def exchange(x: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> Float[Tensor, "prompt pos d_model"]:
+        new = x.clone()
+        new[:, where] = outputs[str(hook.name)].roll(half, 0)[:, where]
+        return new
 
     def read(resid: Float[Tensor, "prompt pos d_model"]) -> Float[Tensor, " prompt"]:
         return chain_log_prob(model, resid[:, -n_read:], chain).cpu()
@@ -163,19 +172,8 @@ def _patched_batch(
         for layer in range(n_layers):
             before.append(run_blocks(model, before[-1], layer, layer + 1, cache))
     rows = [read(before[-1])]
-    half = len(tokens) // 2
     for layer in range(n_layers):
-        hooks: Hooks = [(name, _replacing(outputs[name].roll(half, 0), where)) for name in names[layer]]
-        with model.hooks(fwd_hooks=hooks):
+        with model.hooks(fwd_hooks=[(name, exchange) for name in names[layer]]):
             resid = run_blocks(model, before[layer], layer, layer + 1, cache)
         rows.append(read(run_blocks(model, resid, layer + 1, cache=cache)))
     return torch.stack(rows)
-
-
-def _replacing(source: Float[Tensor, "prompt pos d_model"], positions: slice) -> Callable[..., Tensor]:
-    def replace(x: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> Float[Tensor, "prompt pos d_model"]:
-        new = x.clone()
-        new[:, positions] = source[:, positions]
-        return new
-
-    return replace

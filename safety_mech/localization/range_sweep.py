@@ -1,12 +1,5 @@
-"""What scaling a range does to refusals: many ranges of one model, whose common work is done once.
-
-Scaling layers [i, j] changes nothing before layer i, and the run with i..j+1 scaled passes through the state after
-scaled layers i..j. So three things are shared (docs/method.md#prefix-sharing):
-- the unscaled residual stream before the layers where ranges start is stored;
-- ranges with one start extend one scaled state layer by layer, and only the unscaled layers behind it run anew;
-- the template's tokens before the prompts, the shared prefix, run once for all prompts, scaled as they are.
-A full (i, j) grid over L layers costs about L^3/6 layer evaluations instead of L^3/2. The results are those of the full
-forward.
+"""What scaling a range does to refusals: many ranges of one model, whose common work is done once
+(docs/method.md#prefix-sharing). The results are those of the full forward.
 
 Two measures:
 - `log_odds`, `probability`: refusal of every prompt (refusal/log_odds.py), without generation;
@@ -41,7 +34,7 @@ from safety_mech.models.chat import (
     tokenizer_of,
 )
 from safety_mech.models.forward import embed, stack_rest, unembed_last
-from safety_mech.models.generation import continue_greedily
+from safety_mech.models.generation import Decided, continue_greedily
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, Chain, append_chain, chain_log_prob, log_odds, phrase_chains
 from safety_mech.refusal.text import JUDGED_TOKENS, cannot_refuse, refuses
 
@@ -106,7 +99,9 @@ class ScaledRanges:
         check_context(chats, self.model.cfg.n_ctx, longest)
         self._ends = end_tokens(self.model, self.template)
         self._chats, self._chains = chats, chains
-        self._cached: dict[str, _States] = {}
+        self._shared: dict[str, _States] = {}
+        self._cells: dict[LayerRange | None, Tensor] = {}
+        self._texts: dict[tuple[LayerRange | None, bool], list[str]] = {}
 
     @property
     def n_layers(self) -> int:
@@ -121,7 +116,9 @@ class ScaledRanges:
 
     def log_odds(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
         """Refusal log-odds (nats, float64) of every prompt with `layers` scaled; None: unscaled."""
-        return self._states("log-odds").measure(layers)
+        if layers not in self._cells:
+            self._cells[layers] = self._states("log-odds").log_odds(layers)
+        return self._cells[layers]
 
     def probability(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
         """Probability (float64) that each prompt is answered with a refusal; its sum is the expected R_o."""
@@ -131,36 +128,38 @@ class ScaledRanges:
         """Whether each prompt is refused in text with `layers` scaled; None: unscaled. Its sum is the paper's R_o."""
         return torch.tensor([refuses(text) for text in self.answers(layers)])
 
+    def refusal(self, layers: LayerRange | None, text: bool = False) -> Float[Tensor, " prompt"]:
+        """`probability`, or (`text`) `refuses` as 0 and 1. float64."""
+        return self.refuses(layers).double() if text else self.probability(layers)
+
     def answers(self, layers: LayerRange | None, *, whole: bool = False) -> list[str]:
         """The first JUDGED_TOKENS greedy tokens of every answer; one that can no longer become a refusal is left where
         that showed, unless `whole`."""
-        return self._states("text").answers(layers, whole)
+        if (layers, whole) not in self._texts:
+            self._texts[layers, whole] = self._states("text").answers(layers, None if whole else cannot_refuse)
+        return self._texts[layers, whole]
 
     def release(self) -> None:
-        """Forget all states and cells; what is measured next runs the model again."""
-        self._cached.clear()
+        """Forget all states. What was measured stays; what is measured next runs the model from its start."""
+        self._shared.clear()
 
     def _states(self, measure: Literal["log-odds", "text"]) -> "_States":
-        if measure not in self._cached:
-            self._cached[measure] = _States(self, self._chats, self._chains if measure == "log-odds" else [None])
-        return self._cached[measure]
+        if measure not in self._shared:
+            self._shared[measure] = _States(self, self._chats, self._chains if measure == "log-odds" else [None])
+        return self._shared[measure]
 
     def grid(self, progress: bool = False, text: bool = False) -> Float[Tensor, "start end prompt"]:
         """Refusal probability (`text`: refusals, 0 or 1) of every range [start, end]; NaN where end < start."""
-        measure = self.refuses if text else self.probability
         n = self.n_layers
         cells = torch.full((n, n, len(self.prompts)), torch.nan, dtype=torch.float64)
-        bar = tqdm(total=n * (n + 1) // 2, desc="grid", unit="range", disable=not progress)
-        with bar:
-            for start in range(n):
-                for end in range(start, n):
-                    cells[start, end] = measure(LayerRange(start, end))
-                    bar.update()
+        ends = torch.triu_indices(n, n).T.tolist()
+        for start, end in tqdm(ends, desc="grid", unit="range", disable=not progress):
+            cells[start, end] = self.refusal(LayerRange(start, end), text)
         return cells
 
 
 class _States:
-    """What ranges share: stored unscaled states, the scaled state of the last range, and finished cells."""
+    """What ranges share: stored unscaled states, and the scaled state of the last range."""
 
     def __init__(self, owner: ScaledRanges, chats: Sequence[ChatTokens], chains: Sequence[Chain | None]):
         self.owner, self.model = owner, owner.model
@@ -177,8 +176,6 @@ class _States:
         self.unscaled: dict[int, _State] = {}
         self.unscaled_entries: list[Entries] = []
         self.scaled: tuple[LayerRange, _State, list[Entries]] | None = None
-        self.cells: dict[LayerRange | None, Tensor] = {}
-        self.texts: dict[LayerRange | None, list[str]] = {}
         with torch.no_grad():
             self._run_unscaled()
 
@@ -214,66 +211,49 @@ class _States:
             entries.append(entry)
         return _State(prefix, batches), entries
 
-    def _unscaled_at(self, layer: int) -> _State:
-        """The unscaled state before a layer, run on from the nearest stored one."""
-        nearest = layer - layer % self.stride
-        state = self.unscaled[nearest]
-        for between in range(nearest, layer):
-            state, _ = self._step(state, between)
-        return state
-
-    def _scaled_to(self, layers: LayerRange) -> tuple[_State, list[Entries]]:
-        """The state after the range's scaled layers, extended from the last range if that has the same start."""
-        if self.scaled and self.scaled[0].start == layers.start and self.scaled[0].end <= layers.end:
-            done, state, entries = self.scaled
-            first, entries = done.end + 1, list(entries)
-        else:
-            first, state, entries = layers.start, self._unscaled_at(layers.start), []
-        for layer in range(first, layers.end + 1):
-            with self.owner.intervention(LayerRange(layer, layer)):
+    def _run(self, state: _State, layers: Iterable[int], scale: bool = False) -> tuple[_State, list[Entries]]:
+        entries = []
+        for layer in layers:
+            with self.owner.intervention(LayerRange(layer, layer)) if scale else nullcontext():
                 state, new = self._step(state, layer)
             entries.append(new)
-        self.scaled = (layers, state, entries)
         return state, entries
 
     def _run_range(self, layers: LayerRange | None) -> tuple[_State, list[Entries]]:
-        """The state after the last layer; for text also the keys and values of all layers."""
+        """The state after the last layer; for text also the keys and values of all layers.
+
+        It extends the last range, if that has the same start; else it runs on from the nearest unscaled state.
+        """
         if layers is None:
             return self.final_unscaled, self.unscaled_entries
         layers.check_inside(self.owner.n_layers)
-        state, entries = self._scaled_to(layers)
-        entries = list(entries)
-        for layer in range(layers.end + 1, self.owner.n_layers):
-            state, new = self._step(state, layer)
-            entries.append(new)
-        return state, [*self.unscaled_entries[: layers.start], *entries]
+        if self.scaled and self.scaled[0].start == layers.start and self.scaled[0].end <= layers.end:
+            done, state, entries = self.scaled
+            first = done.end + 1
+        else:
+            first, entries = layers.start, []
+            nearest = first - first % self.stride
+            state, _ = self._run(self.unscaled[nearest], range(nearest, first))
+        state, new = self._run(state, range(first, layers.end + 1), scale=True)
+        entries = [*entries, *new]
+        self.scaled = (layers, state, entries)
+        state, behind = self._run(state, range(layers.end + 1, self.owner.n_layers))
+        return state, [*self.unscaled_entries[: layers.start], *entries, *behind]
 
-    def measure(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
-        if layers not in self.cells:
-            with torch.no_grad():
-                state, _ = self._run_range(layers)
-                self.cells[layers] = self._read_log_odds(state)
-        return self.cells[layers]
-
-    def _read_log_odds(self, state: _State) -> Float[Tensor, " prompt"]:
+    def log_odds(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
         """From the last positions of all batches; those of one chain are unembedded together."""
-        log_p = torch.full((len(self.owner.prompts),), -torch.inf, dtype=torch.float64)
-        for chain in {batch.chain for batch in self.batches if batch.chain}:
-            chosen = [index for index, batch in enumerate(self.batches) if batch.chain == chain]
-            scored = torch.cat([state.batches[index][:, -len(chain.tokens) - 1 :] for index in chosen])
-            rows = [row for index in chosen for row in self.batches[index].prompts]
-            log_p[rows] = torch.logaddexp(log_p[rows], chain_log_prob(self.model, scored, chain).cpu())
+        with torch.no_grad():
+            state, _ = self._run_range(layers)
+            log_p = torch.full((len(self.owner.prompts),), -torch.inf, dtype=torch.float64)
+            for chain in {batch.chain for batch in self.batches if batch.chain}:
+                chosen = [index for index, batch in enumerate(self.batches) if batch.chain == chain]
+                scored = torch.cat([state.batches[index][:, -len(chain.tokens) - 1 :] for index in chosen])
+                rows = [row for index in chosen for row in self.batches[index].prompts]
+                log_p[rows] = torch.logaddexp(log_p[rows], chain_log_prob(self.model, scored, chain).cpu())
         return log_odds(log_p)
 
-    def answers(self, layers: LayerRange | None, whole: bool) -> list[str]:
-        if whole:
-            return self._generate(layers, whole)
-        if layers not in self.texts:
-            self.texts[layers] = self._generate(layers, whole)
-        return self.texts[layers]
-
-    def _generate(self, layers: LayerRange | None, whole: bool) -> list[str]:
-        decided = None if whole else cannot_refuse
+    def answers(self, layers: LayerRange | None, decided: Decided | None) -> list[str]:
+        """Every prompt's answer, left where it is `decided`."""
         with torch.no_grad():
             state, entries = self._run_range(layers)
             # All batches at once: each call reads the whole unembedding matrix.

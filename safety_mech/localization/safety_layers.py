@@ -1,12 +1,12 @@
 """Localisation (paper §3.4, A.3.4): initial range, alpha, progressive search, and what makes its answer one.
 
-Everything is measured in refusals: the mean refusal probability of the over-rejection prompts, or their refusals in
-text (the paper's R_o). The search is in search.py, the rules for alpha in alpha.py.
+The search is in search.py, the rules for alpha in alpha.py.
 """
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast, get_args
 
 import torch
@@ -27,12 +27,17 @@ from safety_mech.localization.alpha import (
     AlphaChoice,
     Rule,
     choose_alpha,
-    given_alpha,
     measure_alpha,
-    search_at,
 )
 from safety_mech.localization.range_sweep import ScaledRanges
-from safety_mech.localization.search import Direction, Sweep, grid_best, resampled_search
+from safety_mech.localization.search import (
+    Direction,
+    SearchResult,
+    grid_best,
+    mean_of,
+    progressive_search,
+    resampled_search,
+)
 from safety_mech.models.chat import Template
 from safety_mech.refusal.degenerate import is_degenerate
 from safety_mech.refusal.log_odds import phrases_in_use, refusal_log_odds
@@ -54,24 +59,28 @@ class SafetyLayers:
 
     `refused`: mean probability that a malicious prompt is answered with a refusal. `baseline`: refusal of every
     over-rejection prompt, unscaled (a probability; 0 or 1 in text). `effect`: mean refusal with the search's range
-    scaled minus unscaled, with its 95 % interval over prompts (on the prompts that range and alpha were chosen on).
-    `samples` counts the search's answer over bootstrap samples; `best_of_grid` (if the grid was run) is the best range
-    of all, of any width.
+    scaled minus unscaled, with its interval over the prompts that range and alpha were chosen on.
+    `samples` counts the search's answer over bootstrap samples; `best_of_grid` is the best range of any width.
     """
 
-    range: LayerRange | None
-    initial: LayerRange | None
     curve: GapCurve
-    alpha: AlphaChoice | None
-    sweeps: tuple[Sweep, Sweep] | None
-    samples: Counter[LayerRange]
-    baseline: Float[Tensor, " prompt"] | None
-    effect: Estimate | None
-    grid: Float[Tensor, "start end prompt"] | None
-    best_of_grid: LayerRange | None
-    phrases: tuple[str, ...]
-    refused: float | None
     reason: str
+    range: LayerRange | None = None
+    initial: LayerRange | None = None
+    alpha: AlphaChoice | None = None
+    sweeps: SearchResult | None = None
+    samples: Counter[LayerRange] = field(default_factory=Counter)
+    baseline: Float[Tensor, " prompt"] | None = None
+    effect: Estimate | None = None
+    grid: Float[Tensor, "start end prompt"] | None = None
+    phrases: tuple[str, ...] = ()
+    refused: float | None = None
+
+    @property
+    def best_of_grid(self) -> LayerRange | None:
+        if self.grid is None or self.alpha is None:
+            return None
+        return grid_best(self.grid, direction_of(self.alpha.alpha))
 
     @property
     def is_best_of_grid(self) -> bool | None:
@@ -110,7 +119,7 @@ def locate_by_scaling(
     seed: int = 0,
     progress: bool = False,
 ) -> SafetyLayers:
-    """Locate the safety layers of a model as the paper does. `sm.locate` is this, and more methods (locators.py).
+    """Locate the safety layers of a model as the paper does; docs/method.md#evidence says when `range` is None.
 
     1. gap curve of `normal` and `malicious` (or `curve`, if it is measured already) -> initial range (or `initial`);
     2. baseline: refusal of the `over_rejection` prompts, unscaled;
@@ -124,8 +133,6 @@ def locate_by_scaling(
     malicious prompts. `clusters`: a label for every over-rejection prompt; those that share one (a word) are resampled
     together. `least_refused`: share of malicious prompts that a model must refuse for a range to be an answer; 0: any.
     `least_effect`: by what share of the prompts a range must change refusals.
-    Scaling some layers moves something in every model, also in one that was never aligned. Where the model does not
-    refuse, or there is no gap, or ranges do not differ beyond noise, or no effect is to be seen, `range` is None.
     Raises ValueError for alpha = 1, which changes nothing, and for an alpha that is no number and no rule.
     """
     rule, alphas = _alphas(alpha, above)
@@ -135,103 +142,68 @@ def locate_by_scaling(
         curve = gap_curve(residuals[0], residuals[1], seed=seed)
     initial = initial or initial_range(curve)
     if initial is None:
-        reason = "no gap between malicious and normal prompts that the rule accepts"
-        return SafetyLayers(None, None, curve, None, None, Counter(), None, None, None, None, (), None, reason)
+        return SafetyLayers(curve, "no gap between malicious and normal prompts that the rule accepts")
     phrases = tuple(phrases) if phrases is not None else phrases_in_use(model, malicious, template)
     refused = float(refusal_log_odds(model, malicious, template, phrases).sigmoid().mean())
     direction = direction_of(alphas[0])
-    search = search_at(initial, n_layers=model.cfg.n_layers, window=window, direction=direction)
-    scaled_at = {
-        at: _ScaledAt(ScaledRanges(model, over_rejection, at, recipe, template, phrases), text) for at in alphas
-    }
+    search = partial(
+        progressive_search, initial=initial, n_layers=model.cfg.n_layers, window=window, direction=direction
+    )
+    scaled_at = {at: ScaledRanges(model, over_rejection, at, recipe, template, phrases) for at in alphas}
     points = []
     for at in tqdm(alphas, desc="alpha", unit="alpha", disable=not progress or len(alphas) == 1):
-        points.append(measure_alpha(at, scaled_at[at].refusal, scaled_at[at].degenerate, search, clusters, seed))
-        scaled_at[at].release()
-    choice = choose_alpha(points, rule) if rule else given_alpha(points[0])
+        ranges = scaled_at[at]
+        refusal = partial(ranges.refusal, text=text)
+        points.append(measure_alpha(at, refusal, partial(_degenerate_share, ranges), search, clusters, seed))
+        ranges.release()
+    choice = choose_alpha(points, rule)
     chosen = scaled_at[choice.alpha]
-    baseline = chosen.refusal(None)
-    if choice.point.range is None:
-        reason = f"the scaled model's logits are not finite at alpha {choice.alpha}: take one nearer to 1"
-        return SafetyLayers(
-            None, initial, curve, choice, None, Counter(), baseline, None, None, None, phrases, refused, reason
-        )
-    found = search(chosen.refusal)
-    counted = resampled_search(
-        chosen.refusal,
-        initial,
-        n_layers=model.cfg.n_layers,
-        window=window,
-        direction=direction,
-        clusters=clusters,
-        samples=samples,
-        seed=seed,
-    )
-    effect = mean_estimate((chosen.refusal(found.range) - baseline).tolist(), clusters, seed=seed)
-    grid = chosen.ranges.grid(progress, text) if whole_grid else None
-    reason = _nothing_found(refused, least_refused, choice, effect, least_effect)
-    return SafetyLayers(
-        found.range if reason is None else None,
-        initial,
+    refusal = partial(chosen.refusal, text=text)
+    baseline = refusal(None)
+    nothing = SafetyLayers(
         curve,
-        choice,
-        (found.upper, found.lower),
-        counted,
-        baseline,
-        effect,
-        grid,
-        grid_best(grid, direction) if grid is not None else None,
-        phrases,
-        refused,
-        reason or "found",
+        f"the scaled model's logits are not finite at alpha {choice.alpha}: take one nearer to 1",
+        initial=initial,
+        alpha=choice,
+        baseline=baseline,
+        phrases=phrases,
+        refused=refused,
+    )
+    if choice.point.range is None:
+        return nothing
+    found = search(mean_of(refusal))
+    effect = mean_estimate((refusal(found.range) - baseline).tolist(), clusters, seed=seed)
+    reason = _nothing_found(refused, least_refused, choice, effect, least_effect)
+    return replace(
+        nothing,
+        reason=reason or "found",
+        range=found.range if reason is None else None,
+        sweeps=found,
+        samples=resampled_search(search, refusal, len(baseline), clusters, samples, seed),
+        effect=effect,
+        grid=chosen.grid(progress, text) if whole_grid else None,
     )
 
 
-@dataclass
-class _ScaledAt:
-    """Refusals with ranges scaled by one alpha. Every cell is measured once and cached; `release` frees what the engine
-    holds besides, its states."""
-
-    ranges: ScaledRanges
-    text: bool
-    cells: dict[LayerRange | None, Float[Tensor, " prompt"]] = field(default_factory=dict)
-
-    def refusal(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
-        """Of every prompt: its probability; in text 0 or 1. float64."""
-        if layers not in self.cells:
-            measure = self.ranges.refuses if self.text else self.ranges.probability
-            self.cells[layers] = measure(layers).double()
-        return self.cells[layers]
-
-    def degenerate(self, layers: LayerRange) -> float:
-        """Share of the prompts whose answer is degenerate."""
-        answers = self.ranges.answers(layers, whole=True)
-        return sum(map(is_degenerate, answers)) / len(answers)
-
-    def release(self) -> None:
-        self.ranges.release()
+def _degenerate_share(ranges: ScaledRanges, layers: LayerRange) -> float:
+    """Share of the prompts whose answer is degenerate with `layers` scaled."""
+    answers = ranges.answers(layers, whole=True)
+    return sum(map(is_degenerate, answers)) / len(answers)
 
 
 def direction_of(alpha: float) -> Direction:
     return "max" if alpha > 1 else "min"
 
 
-def check_search_alpha(alpha: float | str) -> None:
-    """Raise ValueError for an alpha that `locate` cannot search at."""
+def _alphas(alpha: float | str, above: bool) -> tuple[Rule | None, tuple[float, ...]]:
+    """The rule, if it is one, and the alphas to measure; ValueError for an alpha that cannot be searched at."""
     if isinstance(alpha, str):
         if alpha not in get_args(Rule):
             raise ValueError(f"alpha {alpha!r}: expected a number, or one of the rules {', '.join(get_args(Rule))}")
-        return
+        return cast(Rule, alpha), ALPHAS_ABOVE if above else ALPHAS_BELOW
     check_alpha(alpha)
     if alpha == 1:
         raise ValueError("alpha = 1 changes nothing: expected a number above or below, or the rule auto or paper")
-
-
-def _alphas(alpha: float | str, above: bool) -> tuple[Rule | None, tuple[float, ...]]:
-    """The rule, if it is one, and the alphas to measure."""
-    check_search_alpha(alpha)
-    if isinstance(alpha, str):
-        return cast(Rule, alpha), ALPHAS_ABOVE if above else ALPHAS_BELOW
     return None, (float(alpha),)
 
 

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,8 @@ from safety_mech.stats import group_numbers, resampled_counts
 
 Direction = Literal["max", "min"]
 Measure = Callable[[LayerRange], float]
+Cell = Callable[[LayerRange], Float[Tensor, " prompt"]]
+"""From a range to every prompt's refusal with that range scaled: a probability, or 0 and 1."""
 
 
 class NotFiniteError(ValueError):
@@ -34,11 +36,19 @@ class Sweep:
     best: LayerRange
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    range: LayerRange
+class SearchResult(NamedTuple):
+    """Both sweeps; `range`, the best of the lower one, is the search's answer."""
+
     upper: Sweep
     lower: Sweep
+
+    @property
+    def range(self) -> LayerRange:
+        return self.lower.best
+
+
+Search = Callable[[Measure], SearchResult]
+"""`progressive_search` with all but its measure given."""
 
 
 def progressive_search(
@@ -57,52 +67,46 @@ def progressive_search(
     if window < 1:
         raise ValueError(f"window {window}: expected at least one layer to each side")
     initial.check_inside(n_layers)
+
     sign = 1.0 if direction == "max" else -1.0
-    ends = _best_bound(
-        lambda end: measure(LayerRange(initial.start, end)), initial.end, (initial.start, n_layers - 1), window, sign
-    )
-    best_end = ends.best
-    starts = _best_bound(lambda start: measure(LayerRange(start, best_end)), initial.start, (0, best_end), window, sign)
-    upper = Sweep(
-        "upper",
-        tuple(LayerRange(initial.start, end) for end in ends.values),
-        tuple(ends.values.values()),
-        LayerRange(initial.start, best_end),
-    )
-    lower = Sweep(
-        "lower",
-        tuple(LayerRange(start, best_end) for start in starts.values),
-        tuple(starts.values.values()),
-        LayerRange(starts.best, best_end),
-    )
-    return SearchResult(lower.best, upper, lower)
+
+    def with_end(end: int) -> LayerRange:
+        return LayerRange(initial.start, end)
+
+    def with_start(start: int) -> LayerRange:
+        return LayerRange(start, upper.best.end)
+
+    upper = _sweep("upper", measure, with_end, initial.end, (initial.start, n_layers - 1), window, sign)
+    lower = _sweep("lower", measure, with_start, initial.start, (0, upper.best.end), window, sign)
+    return SearchResult(upper, lower)
 
 
-@dataclass(frozen=True)
-class _Bound:
-    best: int
-    values: dict[int, float]
-
-
-def _best_bound(
-    value: Callable[[int], float], centre: int, limits: tuple[int, int], window: int, sign: float
-) -> _Bound:
+def _sweep(
+    bound: Literal["upper", "lower"],
+    measure: Measure,
+    range_at: Callable[[int], LayerRange],
+    centre: int,
+    limits: tuple[int, int],
+    window: int,
+    sign: float,
+) -> Sweep:
     """Evaluate centre +- window inside the limits; while the best is an edge that can move, widen that side."""
     low, high = max(limits[0], centre - window), min(limits[1], centre + window)
-    values = {bound: float(value(bound)) for bound in range(low, high + 1)}
+    values = {at: float(measure(range_at(at))) for at in range(low, high + 1)}
     while True:
-        if any(math.isnan(measured) for measured in values.values()):
+        if any(map(math.isnan, values.values())):
             raise NotFiniteError(
                 "the measure gave nan: the scaled model's logits are not finite; take alpha nearer to 1"
             )
-        best = max(values, key=lambda bound: (sign * values[bound], -abs(bound - centre)))
+        best = max(values, key=lambda at: (sign * values[at], -abs(at - centre)))
         if best == low and low > limits[0]:
             wider = range(max(limits[0], low - window), low)
         elif best == high and high < limits[1]:
             wider = range(high + 1, min(limits[1], high + window) + 1)
         else:
-            return _Bound(best, dict(sorted(values.items())))
-        values |= {bound: float(value(bound)) for bound in wider}
+            ordered = sorted(values)
+            return Sweep(bound, tuple(map(range_at, ordered)), tuple(values[at] for at in ordered), range_at(best))
+        values |= {at: float(measure(range_at(at))) for at in wider}
         low, high = min(values), max(values)
 
 
@@ -123,13 +127,15 @@ def grid_best(
     return LayerRange(flat // len(means), flat % len(means))
 
 
+def mean_of(cell: Cell) -> Measure:
+    """Its mean over prompts."""
+    return lambda layers: float(cell(layers).double().mean())
+
+
 def resampled_search(
-    cell: Callable[[LayerRange], Float[Tensor, " prompt"]],
-    initial: LayerRange,
-    *,
-    n_layers: int,
-    window: int,
-    direction: Direction,
+    search: Search,
+    cell: Cell,
+    n_prompts: int,
     clusters: Sequence[Hashable] | None = None,
     samples: int = 200,
     seed: int = 0,
@@ -138,16 +144,9 @@ def resampled_search(
 
     Cells hold every prompt's value, so a sample is a weighted mean.
     """
-    numbers = group_numbers(len(cell(initial)), clusters)
+    numbers = group_numbers(n_prompts, clusters)
     counts = resampled_counts(samples, max(numbers) + 1, torch.Generator().manual_seed(seed))
-    answers: Counter[LayerRange] = Counter()
-    for weights in counts[:, numbers]:
-        found = progressive_search(
-            lambda layers, weights=weights: float(cell(layers).double() @ weights / weights.sum()),
-            initial,
-            n_layers=n_layers,
-            window=window,
-            direction=direction,
-        )
-        answers[found.range] += 1
-    return answers
+    return Counter(
+        search(lambda layers, weights=weights: float(cell(layers).double() @ weights / weights.sum())).range
+        for weights in counts[:, numbers]
+    )

@@ -1,7 +1,6 @@
-"""From per-layer scores to a range: the one rule of all locators that score layers.
+"""From per-layer scores to a range: the one rule of all locators that score layers (docs/method.md#locators).
 
-Two levels: inside the range the scores have one mean, outside of it a lower one. The range is the one whose two means
-leave the least squared error, that is, with the largest
+The range whose two levels, inside and outside, leave the least squared error has the largest
 
     between(start, end) = n_in n_out / n (mean_in - mean_out)^2      where mean_in > mean_out.
 
@@ -9,8 +8,7 @@ With equal, independent noise in all layers this is the maximum-likelihood range
 the largest sum of (score - threshold), where the threshold lies midway between its own two means: no threshold is
 to be chosen, and the scores' unit and offset do not matter.
 
-A range has at most half of the layers (`max_width`): it is the exception and the rest the background. Without that, a
-single low layer would make all the others "the range".
+A range has at most half of the layers (`max_width`): else a single low layer would make all others "the range".
 """
 
 from dataclasses import dataclass
@@ -42,8 +40,7 @@ def best_segment(scores: Float[Tensor, " layer"], max_width: int | None = None) 
     if found is None:
         return None
     scores = scores.double()
-    inside = torch.zeros(len(scores), dtype=torch.bool)
-    inside[found.start : found.end + 1] = True
+    inside = torch.tensor([layer in found for layer in range(len(scores))])
     means = (float(scores[inside].mean()), float(scores[~inside].mean()))
     between = float(between_squares(scores[None])[0, found.start, found.end])
     total = float((scores - scores.mean()).square().sum())

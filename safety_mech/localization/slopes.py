@@ -3,12 +3,9 @@
     margin = mean refusal log-odds of malicious prompts - mean refusal log-odds of harmless ones, in nats
     slope  = d log-odds / d a at a = 1, where a scales one layer's attention (or MLP) output
 
-The paper's measure looks at harmless prompts alone, and moves with any layer that makes the first word more or less
-like a refusal. The margin moves only with layers that do so for one kind of prompt more than for the other.
-
 One forward and one backward pass give the slopes of all layers. Every prompt has scales of its own, so that the same
-backward pass gives each prompt its own slope, and intervals over prompts cost nothing. For that the shared prefix is
-run with every prompt.
+pass gives each prompt its own slope, and intervals over prompts cost nothing. For that the shared prefix is run with
+every prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +18,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from safety_mech.models.chat import Template, check_context, encode_chat, equal_length_batches, tokenizer_of
-from safety_mech.models.forward import Hooks, common_prefix
+from safety_mech.models.forward import common_prefix
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, append_chain, batch_log_odds, phrase_chains
 
 PARTS = ("attn_out", "mlp_out")
@@ -52,13 +49,14 @@ def log_odds_slopes(
     longest = append_chain(chats, max(chains, key=lambda chain: len(chain.tokens)))
     check_context(longest, model.cfg.n_ctx)
     slopes = torch.empty(len(chats), len(PARTS), model.cfg.n_layers, dtype=torch.float64)
+    names = [f"blocks.{layer}.hook_{part}" for part in PARTS for layer in range(model.cfg.n_layers)]
     bar = tqdm(total=len(chats), desc="slopes", unit="prompt", disable=not progress)
     with torch.enable_grad(), bar:
         prefix = common_prefix(model, chats, share=False)
         for rows in equal_length_batches([len(chat) * len(chains) for chat in longest], batch_tokens):
             shape = (len(PARTS), model.cfg.n_layers, len(rows))
             scales = torch.ones(shape, dtype=model.cfg.dtype, device=model.embed.W_E.device, requires_grad=True)
-            with model.hooks(fwd_hooks=_scaling_hooks(scales)):
+            with model.hooks(fwd_hooks=[(name, _scaling_by(scales)) for name in names]):
                 total = batch_log_odds(model, [chats[row] for row in rows], chains, prefix).sum()
             (gradient,) = torch.autograd.grad(total, scales)
             slopes[rows] = gradient.permute(2, 0, 1).double().cpu()
@@ -66,16 +64,9 @@ def log_odds_slopes(
     return slopes
 
 
-def _scaling_hooks(scales: Float[Tensor, "part layer prompt"]) -> Hooks:
-    return [
-        (f"blocks.{layer}.hook_{part}", _scale_rows(scales[index, layer]))
-        for index, part in enumerate(PARTS)
-        for layer in range(scales.shape[1])
-    ]
-
-
-def _scale_rows(scale: Float[Tensor, " prompt"]) -> Callable[..., Tensor]:
+def _scaling_by(scales: Float[Tensor, "part layer prompt"]) -> Callable[..., Tensor]:
     def scale_rows(x: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> Float[Tensor, "prompt pos d_model"]:
+        scale = scales[PARTS.index(str(hook.name).rpartition(".hook_")[2]), hook.layer()]
         return x * scale[:, None, None]
 
     return scale_rows

@@ -1,9 +1,7 @@
 """Layers exchanged between an aligned model and its base: which suffice for the refusals, and which are needed?
 
-Training layers a..b to refuse does not mean that all of them refuse. A few may do all the work, while the others move
-for nothing. The MINIMAL SUFFICIENT RANGE is the narrowest range of the aligned model's layers that, put into the base,
-gives it most of the margin (slopes.py) that alignment gave. It needs the base, and bounds what a locator without one
-can find. `swap_losses` asks the reverse: what is lost when one layer of the aligned model is the base's.
+Training layers a..b to refuse does not mean that all of them refuse: a few may do all the work, while the others move
+for nothing. docs/method.md#planted-organisms defines the MINIMAL SUFFICIENT RANGE.
 """
 
 from collections.abc import Sequence
@@ -39,10 +37,10 @@ class Transplants:
     @classmethod
     def from_plain(cls, record: dict[str, Any]) -> "Transplants":
         """Back from JSON as `to_plain` gave it."""
-        shares, refused = (torch.full([record["n_layers"]] * 2, torch.nan, dtype=torch.float64) for _ in range(2))
-        for start, end, share, part in record["cells"]:
-            shares[start, end], refused[start, end] = share, part
-        return cls(shares, refused, record["gained"])
+        tables = torch.full((2, record["n_layers"], record["n_layers"]), torch.nan, dtype=torch.float64)
+        for start, end, *values in record["cells"]:
+            tables[:, start, end] = torch.tensor(values, dtype=torch.float64)
+        return cls(tables[0], tables[1], record["gained"])
 
     def to_plain(self) -> dict[str, Any]:
         """What JSON knows; of every measured range [start, end, share, refused]."""
@@ -92,12 +90,12 @@ def transplant(
     gained = measured(LayerRange(0, base.cfg.n_layers - 1))[0] - before
     if not gained > 0:
         raise ValueError(f"the margin is {gained:+.2f} nats above the base's: expected a model that was aligned")
-    shares, refused = (torch.full([base.cfg.n_layers] * 2, torch.nan, dtype=torch.float64) for _ in range(2))
+    cells = []
     for start in layers:
         for end in range(start, layers.end + 1):
-            after, refused[start, end] = measured(LayerRange(start, end))
-            shares[start, end] = (after - before) / gained
-    return Transplants(shares, refused, gained)
+            after, refused = measured(LayerRange(start, end))
+            cells.append([start, end, (after - before) / gained, refused])
+    return Transplants.from_plain({"n_layers": base.cfg.n_layers, "gained": gained, "cells": cells})
 
 
 def swap_losses(
@@ -117,7 +115,6 @@ def swap_losses(
     unchanged = ranges.log_odds(None)
     lost = torch.zeros(len(prompts), model.cfg.n_layers, dtype=torch.float64)
     for layer in range(model.cfg.n_layers):
-        pairs = zip(*paired_parameters(model, base, layer), strict=True)
-        if not all(torch.equal(ours, theirs) for (_, ours), (_, theirs) in pairs):
+        if not all(torch.equal(ours, theirs) for ours, theirs in paired_parameters(model, base, layer)):
             lost[:, layer] = unchanged - ranges.log_odds(LayerRange(layer, layer))
     return lost

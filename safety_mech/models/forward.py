@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry as CacheEntry
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.activation_functions import apply_softcap
 
-from safety_mech.models.chat import ChatTokens, shared_prefix_length
+from safety_mech.models.chat import ChatTokens, equal_length_batches, shared_prefix_length
 
 Hooks = list[tuple[str | Callable[..., Any], Callable[..., Any]]]
 """(hook point, function) pairs, as `HookedTransformer.hooks(fwd_hooks=...)` takes them."""
@@ -154,3 +156,33 @@ def keep_rows(cache: Cache, rows: Bool[Tensor, " prompt"]) -> Cache:
     """The cache of some rows of a batch."""
     chosen = rows.to(cache[0].past_keys.device)
     return [CacheEntry(entry.past_keys[chosen], entry.past_values[chosen]) for entry in cache]
+
+
+def read_activations(
+    model: HookedTransformer,
+    chats: Sequence[ChatTokens],
+    point: str,
+    read: Callable[[Tensor, int, list[int]], None],
+    batch_tokens: int,
+    share_prefix: bool,
+    bar_name: str | None,
+) -> None:
+    """Run all prompts, and call `read` with the activation at hook point `point` of every block: (activation, layer,
+    which prompts its rows are).
+
+    The shared prefix runs once (`share_prefix=False`: with every prompt); the rest runs in batches of equal length,
+    and only its positions are read. `bar_name`: what its progress bar says; None: no bar.
+    """
+    rows: list[int] = []
+
+    def read_here(activation: Tensor, hook: HookPoint) -> None:
+        read(activation, hook.layer(), rows)
+
+    bar = tqdm(total=len(chats), desc=bar_name, unit="prompt", disable=bar_name is None)
+    with torch.no_grad(), bar:
+        prefix = common_prefix(model, chats, share_prefix)
+        with model.hooks(fwd_hooks=[(f"blocks.{layer}.{point}", read_here) for layer in range(model.cfg.n_layers)]):
+            for rows in equal_length_batches([len(chat) - len(prefix) for chat in chats], batch_tokens):
+                tokens = stack_rest(model, chats, rows, len(prefix))
+                run_blocks(model, embed(model, tokens, len(prefix)), cache=prefix.cache_for(len(rows)))
+                bar.update(len(rows))

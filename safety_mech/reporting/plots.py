@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from safety_mech.attention.question import QuestionAttention, min_max
-from safety_mech.attention.word_classes import KINDS, WordShares, mean_interval
+from safety_mech.attention.word_classes import KINDS, WordShares
 from safety_mech.divergence.angles import GapCurve, PairStats
 from safety_mech.layers import LayerRange
 from safety_mech.localization.alpha import MAX_DEGENERATE, AlphaChoice
 from safety_mech.localization.search import Sweep
+from safety_mech.stats import bootstrap_mean
 
 Line = Float[Tensor, " point"]
 Style = Mapping[str, Any]
@@ -218,7 +219,7 @@ def plot_word_shares(shares: Mapping[str, WordShares], layers: LayerRange | None
     """
     figure, axes = new_figure(columns=len(shares))
     for ax, (name, part) in zip(axes, shares.items(), strict=True):
-        mean, low, high = (100 * values for values in mean_interval(part.shares, level=level))
+        mean, low, high = (100 * values for values in bootstrap_mean(part.shares, level=level))
         equal = 100 * part.uniform.mean(dim=0)
         for index, (kind, style) in enumerate(zip(KINDS, STYLES, strict=False)):
             line_with_band(ax, mean[:, index], low[:, index], high[:, index], kind, style)

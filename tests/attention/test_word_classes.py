@@ -1,12 +1,10 @@
 """Words from tokens, their kinds, and the shares of attention, by hand."""
 
-import numpy as np
 import pytest
 import torch
 
 from safety_mech import QuestionAttention, by_word, question_attention, word_shares
-from safety_mech.attention.word_classes import FUNCTION_WORDS, KINDS, is_function_word, mean_interval, split_words
-from safety_mech.stats import resampled_counts
+from safety_mech.attention.word_classes import FUNCTION_WORDS, KINDS, is_function_word, split_words
 
 PROMPT = "How do I trick my neighbour's cat?"
 PIECES = ["How", " do", " I", " tri", "ck", " my", " neighbour", "'s", " cat", "?"]
@@ -137,33 +135,3 @@ def test_nothing_to_share_out_is_reported():
     assert word_shares([alone]).shares[0, 0].tolist() == [1, 0, 0]
     with pytest.raises(ValueError, match="no attention is left"):
         word_shares([alone], skip_first=True)
-
-
-def test_the_interval_covers_the_true_mean_as_often_as_it_says():
-    """300 sets of 40 draws: 95 % intervals hold 0 in about 95 % of them; half as wide, they do not (control)."""
-    values = torch.randn(40, 300, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    mean, low, high = mean_interval(values)
-    torch.testing.assert_close(mean, values.mean(dim=0))
-    assert 0.90 < float(((low < 0) & (high > 0)).double().mean()) < 0.98
-    narrow_low, narrow_high = (low + mean) / 2, (high + mean) / 2
-    assert float(((narrow_low < 0) & (narrow_high > 0)).double().mean()) < 0.8
-
-
-@pytest.mark.parametrize(("level", "tails"), [(0.5, (0.25, 0.75)), (0.95, (0.025, 0.975))])
-def test_the_intervals_bounds_are_quantiles_of_its_level(level, tails):
-    values = torch.randn(12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    means = resampled_counts(1000, 12, torch.Generator().manual_seed(0)) @ values / 12
-    _, *found = mean_interval(values, level=level)
-    assert [float(bound) for bound in found] == pytest.approx(np.quantile(means.numpy(), tails).tolist())
-
-
-def test_the_interval_is_seeded_and_of_any_shape():
-    values = torch.rand(10, 3, 2, generator=torch.Generator().manual_seed(0))
-    first, again, other = (mean_interval(values, seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(first[1], again[1])
-    assert not torch.equal(first[1], other[1])
-    assert first[1].shape == (3, 2)
-    _, low, high = mean_interval(values[:, 0, 0])
-    assert np.allclose([float(low), float(high)], [first[1][0, 0], first[2][0, 0]])
-    with pytest.raises(ValueError, match="1 prompts: expected at least 2"):
-        mean_interval(values[:1])

@@ -14,7 +14,7 @@ from safety_mech.divergence.angles import GapCurve, _p_values, gap_curve
 from safety_mech.divergence.resampling import (
     angle_matrix,
     bootstrap_means,
-    labelled_gaps,
+    labelled_means,
     pairable_counts,
     permuted_labels,
     prompt_numbers,
@@ -362,7 +362,7 @@ def test_permuted_gaps_and_p_values_equal_loops(paired):
     normal, malicious = random_sets(7, n=n, m=m, layers=2)
     everything = torch.cat([normal, malicious])
     labels = permuted_labels(n, m, paired, 30, seeded())
-    found = labelled_gaps(angle_matrix(everything), labels, paired)
+    found = labelled_means(angle_matrix(everything), labels, paired).paper
     identity = [*range(n), *(range(m) if paired else range(n, n + m))]
     for sample, layer in itertools.product(range(30), range(2)):
         called_normal = [(identity[i], x[layer]) for i, x in enumerate(everything) if labels[sample, i] == 1]

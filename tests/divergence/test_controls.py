@@ -5,7 +5,7 @@ import torch
 
 from safety_mech.divergence.angles import gap_curve
 from safety_mech.divergence.controls import match_prompts, single_topics, topic_halves, words_of
-from safety_mech.divergence.resampling import angle_matrix, labelled_gaps
+from safety_mech.divergence.resampling import angle_matrix, labelled_means
 
 TOPICS = ["home", "food", "home", "art", "sea", "art"]
 
@@ -40,7 +40,7 @@ def test_too_few_topics():
 def test_the_gap_of_a_labelling_is_that_of_gap_curve():
     x = torch.randn(8, 2, 5, generator=torch.Generator().manual_seed(0))
     is_normal = torch.tensor([True, False, True, True, False, True, False, True])
-    (found,) = labelled_gaps(angle_matrix(x), is_normal[None].double())
+    (found,) = labelled_means(angle_matrix(x), is_normal[None].double()).paper
     curve = gap_curve(x[is_normal], x[~is_normal], bootstrap=2, permutations=2)
     torch.testing.assert_close(found, curve.gap)
 

@@ -13,7 +13,7 @@ from safety_mech.divergence.angles import GapCurve, _p_values, gap_curve, gap_di
 from safety_mech.divergence.resampling import (
     angle_matrix,
     bootstrap_means,
-    labelled_gaps,
+    labelled_means,
     mirrored_means,
     pairable_counts,
     permuted_labels,
@@ -57,8 +57,8 @@ def test_permuted_values_are_the_mean_of_the_gaps_both_ways(paired):
     normal, malicious = random_sets(2, n=6, m=6)
     angles = angle_matrix(torch.cat([normal, malicious]))
     labels = permuted_labels(6, 6, paired, 30, seeded(0))
-    found = labelled_gaps(angles, labels, paired, "symmetric")
-    both = labelled_gaps(angles, labels, paired) + labelled_gaps(angles, 1 - labels, paired)
+    found = labelled_means(angles, labels, paired).symmetric
+    both = labelled_means(angles, labels, paired).paper + labelled_means(angles, 1 - labels, paired).paper
     torch.testing.assert_close(found, both / 2)
 
 

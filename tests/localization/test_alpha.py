@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,12 +15,11 @@ from safety_mech.localization.alpha import (
     PAPER_SPREAD,
     AlphaPoint,
     choose_alpha,
-    given_alpha,
     measure_alpha,
-    search_at,
     spread_between,
     spread_p_value,
 )
+from safety_mech.localization.search import progressive_search
 
 
 def rand(seed: int, *shape: int) -> Tensor:
@@ -129,7 +129,7 @@ def cell_of(rates: dict[tuple[int, int], float], n_prompts: int = 40) -> Callabl
 
 
 def search_from(initial: LayerRange, n_layers: int = 6):
-    return search_at(initial, n_layers=n_layers, window=1, direction="max")
+    return partial(progressive_search, initial=initial, n_layers=n_layers, window=1)
 
 
 def test_a_point_is_the_search_and_what_it_saw():
@@ -215,6 +215,6 @@ def test_agreement_is_with_the_neighbours_alone():
 
 
 def test_a_given_alpha_has_no_neighbours():
-    choice = given_alpha(point_at(1.3))
+    choice = choose_alpha([point_at(1.3)], None)
     assert (choice.alpha, choice.rule, choice.reached, choice.agreement) == (1.3, "given", True, None)
-    assert not given_alpha(point_at(1.3, None)).reached
+    assert not choose_alpha([point_at(1.3, None)], None).reached

@@ -19,7 +19,6 @@ from safety_mech.localization.locators import (
     SAMPLES,
     base_locators,
     first_run,
-    led_by,
     locate,
 )
 from safety_mech.localization.measurements import Located, Measurements, PromptSets
@@ -115,7 +114,7 @@ def test_decision(refusing_model, sets, decided):
     assert answers["decision"].range == first_run(shares, DECISION_SHARE)
     window = answers["decision_window"]
     torch.testing.assert_close(window.scores, shares)
-    assert window.range == led_by(answers["decision"].range, DECISION_LEAD)
+    assert window.range == first_run(shares, DECISION_SHARE, DECISION_LEAD)
     assert window.samples.total() == answers["decision"].samples.total() == SAMPLES
     with pytest.raises(ValueError, match="0 contrastive pairs of equal token length"):
         LOCATORS["decision"](refusing_model, replace(sets, pairs=()))
@@ -181,9 +180,10 @@ def test_a_tenth_of_the_decision_is_enough_and_three_layers_lead_to_it(refusing_
 
 
 def test_a_lead_ends_at_the_first_layer():
-    assert led_by(sm.LayerRange(5, 6), 3) == sm.LayerRange(2, 6)
-    assert led_by(sm.LayerRange(1, 1), 3) == sm.LayerRange(0, 1)
-    assert led_by(None, 3) is None
+    in_layer = torch.eye(8)
+    assert first_run(in_layer[5] + in_layer[6], 0.1, lead=3) == sm.LayerRange(2, 6)
+    assert first_run(in_layer[1], 0.1, lead=3) == sm.LayerRange(0, 1)
+    assert first_run(torch.zeros(8), 0.1, lead=3) is None
 
 
 @pytest.mark.parametrize(

@@ -264,12 +264,15 @@ def test_the_budget_is_respected(refusing_model, some_prompts):
     assert sum(state.bytes for state in unscaled.values()) <= 30_000
 
 
-def test_what_is_forgotten_is_measured_again(refusing_model, some_prompts):
+def test_released_states_are_run_again_and_cells_are_kept(refusing_model, some_prompts):
     ranges = measure(refusing_model, some_prompts)
     first, evaluations = ranges.log_odds(LayerRange(1, 2)), ranges.evaluations
     ranges.release()
-    assert torch.equal(ranges.log_odds(LayerRange(1, 2)), first)
-    assert ranges.evaluations == 2 * evaluations
+    assert ranges.log_odds(LayerRange(1, 2)) is first
+    assert ranges.evaluations == evaluations
+    again = ranges.log_odds(LayerRange(1, 1))
+    assert torch.equal(again, measure(refusing_model, some_prompts).log_odds(LayerRange(1, 1)))
+    assert ranges.evaluations == evaluations + layer_evaluations([LayerRange(1, 1)], N)["shared"]
 
 
 @pytest.mark.slow

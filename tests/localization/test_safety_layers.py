@@ -16,7 +16,7 @@ from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.localization.safety_layers import (
     MAX_P,
     SafetyLayers,
-    check_search_alpha,
+    _alphas,
     direction_of,
     locate_by_scaling,
 )
@@ -51,7 +51,6 @@ def layers_found(samples: dict[tuple[int, int], int]) -> SafetyLayers:
         baseline=None,
         effect=None,
         grid=None,
-        best_of_grid=None,
         phrases=(),
         refused=1.0,
         reason="found",
@@ -73,8 +72,11 @@ def test_without_samples_there_is_no_interval():
 def test_whether_the_search_found_the_best_of_the_grid():
     found = layers_found({})
     assert found.is_best_of_grid is None
-    assert replace(found, best_of_grid=LayerRange(2, 3)).is_best_of_grid is True
-    assert replace(found, best_of_grid=LayerRange(2, 4)).is_best_of_grid is False
+    grid = torch.zeros(5, 5, 1)
+    grid[2, 3] = 0.5
+    assert replace(found, grid=grid).is_best_of_grid is True
+    grid[2, 4] = 0.6
+    assert replace(found, grid=grid).is_best_of_grid is False
 
 
 # --- alpha ------------------------------------------------------------------------------------------------------------
@@ -88,12 +90,13 @@ def test_direction_of_alpha(alpha, direction):
 @pytest.mark.parametrize("alpha", [1.0, 0.0, -1.2, math.inf, math.nan, "authors"])
 def test_an_alpha_that_cannot_be_searched_at(alpha):
     with pytest.raises(ValueError, match="alpha"):
-        check_search_alpha(alpha)
+        _alphas(alpha, above=True)
 
 
 @pytest.mark.parametrize("alpha", ["auto", "paper", 1.2, 0.3])
 def test_an_alpha_that_can(alpha):
-    check_search_alpha(alpha)
+    rule, alphas = _alphas(alpha, above=True)
+    assert (rule, alphas) == ((alpha, ALPHAS_ABOVE) if isinstance(alpha, str) else (None, (alpha,)))
 
 
 # --- locate, on a tiny model -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -224,9 +225,11 @@ def test_a_measure_that_is_no_number_is_refused():
 # --- resampling ------------------------------------------------------------------------------------------------------
 
 
-def resample(cell: Callable[[LayerRange], Tensor], samples: int = 60, seed: int = 0, direction: str = "max") -> Counter:
-    options = {"n_layers": 12, "window": 2, "direction": direction, "samples": samples, "seed": seed}
-    return resampled_search(cell, LayerRange(4, 6), **options)
+def resample(
+    cell: Callable[[LayerRange], Tensor], samples: int = 60, seed: int = 0, direction: Direction = "max"
+) -> Counter:
+    search = partial(progressive_search, initial=LayerRange(4, 6), n_layers=12, direction=direction)
+    return resampled_search(search, cell, len(cell(LayerRange(4, 6))), samples=samples, seed=seed)
 
 
 def divided(layers: LayerRange) -> Tensor:
@@ -316,9 +319,9 @@ def test_clusters_are_resampled_as_a_whole():
     def cell(layers: LayerRange) -> Tensor:
         return torch.tensor([votes[number // 3](layers) for number in range(6)])
 
-    options = {"n_layers": 12, "window": 2, "direction": "max", "samples": 200, "seed": 0}
-    alone = resampled_search(cell, LayerRange(4, 6), **options)
-    together = resampled_search(cell, LayerRange(4, 6), clusters=list("aaabbb"), **options)
+    search = partial(progressive_search, initial=LayerRange(4, 6), n_layers=12)
+    alone = resampled_search(search, cell, 6)
+    together = resampled_search(search, cell, 6, clusters=list("aaabbb"))
     # one cluster alone is drawn in half of the samples; three prompts of six alone in (1/2)^6 * 2
     assert 75 <= together[LayerRange(3, 6)] + together[LayerRange(5, 8)] <= 125
     assert alone != together
