@@ -420,8 +420,8 @@ MUTANTS = (
         "margin_samples_added",
         "locators.py",
         "sign",
-        "_resampled(malicious, generator) - _resampled",
-        "_resampled(malicious, generator) + _resampled",
+        "resampled_means(malicious, SAMPLES, generator) - resampled",
+        "resampled_means(malicious, SAMPLES, generator) + resampled",
     ),
     Mutant(
         "growth_a_layer_early",
@@ -458,7 +458,7 @@ MUTANTS = (
         "[: layers.start], *entries,",
         "[: layers.start - 1], *entries,",
     ),
-    Mutant("budget_exceeded", "range_sweep.py", "bound", "-(-state.bytes * n //", "(state.bytes * n //"),
+    Mutant("budget_exceeded", "range_sweep.py", "bound", "-(-state.bytes * self", "(state.bytes * self"),
     Mutant("evaluations_one_more", "range_sweep.py", "bound", "n_layers - 1 - layers.end\n", "n_layers - layers.end\n"),
     Mutant("max_p", "safety_layers.py", "threshold", "MAX_P = 0.01", "MAX_P = 0.1"),
     Mutant(
@@ -487,7 +487,6 @@ MUTANTS = (
         "(initial.start, n_layers - 1), w",
         "(initial.start, n_layers - 2), w",
     ),
-    Mutant("grid_one_wider", "search.py", "bound", "(widths < (max_width or", "(widths <= (max_width or"),
     Mutant(
         "prompts_not_resampled",
         "search.py",
@@ -496,7 +495,7 @@ MUTANTS = (
         "for weights in torch.ones_like(counts[:, numbers])",
     ),
     Mutant("edge_one_early", "search.py", "bound", "low > limits[0]:", "low > limits[0] + 1:"),
-    Mutant("nan_is_the_best", "search.py", "undo", " & ~means.isnan()", ""),
+    Mutant("nan_is_the_best", "search.py", "undo", ".nan_to_num(-torch.inf)", ".nan_to_num(torch.inf)"),
     Mutant("a_third_of_the_layers", "segments.py", "threshold", "max(1, n // 2)", "max(1, n // 3)"),
     Mutant("width_at_most", "segments.py", "bound", "(widths <= max_width)", "(widths < max_width)"),
     Mutant("ties_to_the_wider", "segments.py", "sign", "(widths * n + torch", "(-widths * n + torch"),

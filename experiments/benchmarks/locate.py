@@ -250,7 +250,7 @@ def time_text(config: BenchConfig, ranges: Sequence[LayerRange], sampled: Sequen
 
     seconds, engine = timed(lambda: measure(ranges))
     decisions = {str(layers): engine.refuses(layers).tolist() for layers in sampled}
-    grid = time_grid(measure, engine.n_layers, GRID_ROWS)[0] if config.grid else None
+    grid = time_grid(measure, engine.model.cfg.n_layers, GRID_ROWS)[0] if config.grid else None
     return Timed(seconds, grid, decisions=decisions)
 
 
@@ -270,7 +270,7 @@ def time_log_odds(
     seconds, engine = timed(lambda: measure(ranges))
     if not config.grid:
         return Timed(seconds, evaluations=engine.evaluations)
-    grid, whole = time_grid(measure, engine.n_layers, every)
+    grid, whole = time_grid(measure, engine.model.cfg.n_layers, every)
     return Timed(seconds, grid, engine.evaluations, whole.evaluations)
 
 
