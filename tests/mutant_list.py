@@ -412,7 +412,7 @@ MUTANTS = (
         "least_spread_chosen", "alpha.py", "sign", "key=lambda point: point.spread)", "key=lambda point: -point.spread)"
     ),
     Mutant("last_alpha_of_the_paper", "alpha.py", "order", "reached[0] if reached", "reached[-1] if reached"),
-    Mutant("agrees_with_itself", "alpha.py", "bound", "points[max(0, at - 1) : at]", "points[max(0, at - 1) : at + 1]"),
+    Mutant("agrees_with_itself", "alpha.py", "undo", "if point.range and point is not chosen]", "if point.range]"),
     Mutant("decision_share", "locators.py", "threshold", "DECISION_SHARE = 0.1", "DECISION_SHARE = 0.2"),
     Mutant("decision_lead", "locators.py", "threshold", "DECISION_LEAD = 3", "DECISION_LEAD = 2"),
     Mutant("first_run_at_equality", "locators.py", "bound", "[score >= least for", "[score > least for"),

@@ -64,20 +64,14 @@ def initial_range_samples(
 
 
 def _range(curve: GapStatistic, rule: OnsetRule) -> LayerRange | None:
-    highest = curve.low.max()
-    if curve.p_any > rule.max_p or highest < rule.min_gap or highest <= 0:
+    gap, low = curve.gap, curve.low
+    if curve.p_any > rule.max_p or low.max() < rule.min_gap or low.max() <= 0:
         return None
-    start = _onset(curve.gap, curve.low, rule)
-    return LayerRange(start, _flattening(curve.gap, start, rule))
-
-
-def _onset(gap: Float[Tensor, " layer"], low: Float[Tensor, " layer"], rule: OnsetRule) -> int:
-    peak = int(gap.argmax())
-    floor = max(0.0, rule.onset_fraction * float(gap[peak]))
-    start = peak
+    start = int(gap.argmax())
+    floor = max(0.0, rule.onset_fraction * float(gap[start]))
     while start > 0 and low[start - 1] > floor:
         start -= 1
-    return start
+    return LayerRange(start, _flattening(gap, start, rule))
 
 
 def _flattening(gap: Float[Tensor, " layer"], start: int, rule: OnsetRule) -> int:

@@ -112,7 +112,7 @@ def choose_alpha(points: Sequence[AlphaPoint], rule: Rule | None) -> AlphaChoice
 
 def _agreement(points: Sequence[AlphaPoint], chosen: AlphaPoint) -> float | None:
     at = list(points).index(chosen)
-    ranges = [point.range for point in (*points[max(0, at - 1) : at], *points[at + 1 : at + 2]) if point.range]
+    ranges = [point.range for point in points[max(0, at - 1) : at + 2] if point.range and point is not chosen]
     if chosen.range is None or not ranges:
         return None
     return sum(chosen.range.iou(layers) for layers in ranges) / len(ranges)
