@@ -111,8 +111,7 @@ def bootstrap_mean(
     n = len(values)
     if n < 2:
         raise ValueError(f"{n} prompts: expected at least 2 for an interval")
-    counts = resampled_counts(samples, n, torch.Generator().manual_seed(seed))
-    means = torch.tensordot(counts, values.double(), dims=1) / n
+    means = resampled_means(values, samples, torch.Generator().manual_seed(seed))
     return values.double().mean(dim=0), *percentiles(means, level)
 
 
@@ -209,6 +208,14 @@ def resampled_counts(samples: int, n: int, generator: torch.Generator) -> Float[
     """How often each of n items is drawn in n draws with replacement."""
     drawn = torch.randint(n, (samples, n), generator=generator)
     return torch.zeros(samples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones(samples, n).double())
+
+
+def resampled_means(
+    values: Float[Tensor, "item *rest"], samples: int, generator: torch.Generator
+) -> Float[Tensor, "sample *rest"]:
+    """Means over items drawn with replacement, rows as a whole."""
+    counts = resampled_counts(samples, len(values), generator)
+    return torch.tensordot(counts, values.double(), dims=1) / len(values)
 
 
 def expanded_tail(tail: float, n: int) -> float:

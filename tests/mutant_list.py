@@ -417,7 +417,7 @@ MUTANTS = (
         "least_spread_chosen", "alpha.py", "sign", "key=lambda point: point.spread)", "key=lambda point: -point.spread)"
     ),
     Mutant("last_alpha_of_the_paper", "alpha.py", "order", "reached[0] if reached", "reached[-1] if reached"),
-    Mutant("agrees_with_itself", "alpha.py", "bound", "points[max(0, at - 1) : at]", "points[max(0, at - 1) : at + 1]"),
+    Mutant("agrees_with_itself", "alpha.py", "undo", "if point.range and point is not chosen]", "if point.range]"),
     Mutant("decision_share", "locators.py", "threshold", "DECISION_SHARE = 0.1", "DECISION_SHARE = 0.2"),
     Mutant("decision_lead", "locators.py", "threshold", "DECISION_LEAD = 3", "DECISION_LEAD = 2"),
     Mutant("first_run_at_equality", "locators.py", "bound", "[score >= least for", "[score > least for"),
@@ -425,8 +425,8 @@ MUTANTS = (
         "margin_samples_added",
         "locators.py",
         "sign",
-        "_resampled(malicious, generator) - _resampled",
-        "_resampled(malicious, generator) + _resampled",
+        "resampled_means(malicious, SAMPLES, generator) - resampled",
+        "resampled_means(malicious, SAMPLES, generator) + resampled",
     ),
     Mutant(
         "growth_a_layer_early",
@@ -463,7 +463,7 @@ MUTANTS = (
         "[: layers.start], *entries,",
         "[: layers.start - 1], *entries,",
     ),
-    Mutant("budget_exceeded", "range_sweep.py", "bound", "-(-state.bytes * n //", "(state.bytes * n //"),
+    Mutant("budget_exceeded", "range_sweep.py", "bound", "-(-state.bytes * self", "(state.bytes * self"),
     Mutant("evaluations_one_more", "range_sweep.py", "bound", "n_layers - 1 - layers.end\n", "n_layers - layers.end\n"),
     Mutant("max_p", "safety_layers.py", "threshold", "MAX_P = 0.01", "MAX_P = 0.1"),
     Mutant(
@@ -492,7 +492,6 @@ MUTANTS = (
         "(initial.start, n_layers - 1), w",
         "(initial.start, n_layers - 2), w",
     ),
-    Mutant("grid_one_wider", "search.py", "bound", "(widths < (max_width or", "(widths <= (max_width or"),
     Mutant(
         "prompts_not_resampled",
         "search.py",
@@ -501,7 +500,7 @@ MUTANTS = (
         "for weights in torch.ones_like(counts[:, numbers])",
     ),
     Mutant("edge_one_early", "search.py", "bound", "low > limits[0]:", "low > limits[0] + 1:"),
-    Mutant("nan_is_the_best", "search.py", "undo", " & ~means.isnan()", ""),
+    Mutant("nan_is_the_best", "search.py", "undo", ".nan_to_num(-torch.inf)", ".nan_to_num(torch.inf)"),
     Mutant("a_third_of_the_layers", "segments.py", "threshold", "max(1, n // 2)", "max(1, n // 3)"),
     Mutant("width_at_most", "segments.py", "bound", "(widths <= max_width)", "(widths < max_width)"),
     Mutant("ties_to_the_wider", "segments.py", "sign", "(widths * n + torch", "(-widths * n + torch"),

@@ -231,7 +231,7 @@ def time_ours(
     decisions = {str(layers): engine.refuses(layers).tolist() for layers in sampled} if text else None
     if not config.grid:
         return Timed(seconds, None, engine.evaluations, None, decisions)
-    grid, whole = time_grid(measured_anew, engine.n_layers, every)
+    grid, whole = time_grid(measured_anew, engine.model.cfg.n_layers, every)
     return Timed(seconds, grid, engine.evaluations, whole.evaluations, decisions)
 
 

@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformers import PreTrainedTokenizerBase
 
 from safety_mech.models.chat import (
     DEFAULT_BATCH_TOKENS,
-    ChatTokens,
     Template,
     check_context,
     encode_chat,
@@ -77,11 +75,15 @@ def question_attention(
 
     bar = "attention" if progress else None
     read_activations(model, chats, "attn.hook_pattern", keep_last_row, batch_tokens, share_prefix, bar)
-    shape = resolve_template(tokenizer_of(model), template)
-    return [
-        _with_text(tokenizer_of(model), shape, prompt.strip(), chat, weights)
-        for prompt, chat, weights in zip(prompts, chats, found, strict=True)
-    ]
+    tokenizer, shape = tokenizer_of(model), resolve_template(tokenizer_of(model), template)
+    first, attentions = len(shape.before), []
+    for prompt, chat, weights in zip(map(str.strip, prompts), chats, found, strict=True):
+        _, offsets = encode_text(tokenizer, shape.render(prompt))
+        places = [(start - first, end - first) for start, end in (offsets[pos] for pos in chat.question)]
+        spans = tuple((max(0, start), min(len(prompt), end)) for start, end in places)
+        tokens = tuple(str(tokenizer.decode([int(chat.tokens[pos])])) for pos in chat.question)
+        attentions.append(QuestionAttention(prompt, tokens, spans, weights))
+    return attentions
 
 
 def _check_attends(last: Float[Tensor, "prompt all_pos"], layer: int, rows: Sequence[int]) -> None:
@@ -92,17 +94,6 @@ def _check_attends(last: Float[Tensor, "prompt all_pos"], layer: int, rows: Sequ
             f"the last token attends to nothing at layer {layer} for prompt {rows[int(empty[0, 0])]}: "
             "try dtype float32, or check the weights"
         )
-
-
-def _with_text(
-    tokenizer: PreTrainedTokenizerBase, template: Template, prompt: str, chat: ChatTokens, weights: Tensor
-) -> QuestionAttention:
-    """Beside the weights: each token as text, and where it stands in the prompt."""
-    _, offsets = encode_text(tokenizer, template.render(prompt))
-    first, length = len(template.before), len(prompt)
-    spans = tuple((max(0, offsets[pos][0] - first), min(length, offsets[pos][1] - first)) for pos in chat.question)
-    tokens = tuple(str(tokenizer.decode([int(chat.tokens[pos])])) for pos in chat.question)
-    return QuestionAttention(prompt, tokens, spans, weights)
 
 
 def min_max(weights: Float[Tensor, "layer pos"]) -> Float[Tensor, "layer pos"]:

@@ -143,13 +143,13 @@ def word_shares(
     if not attentions:
         raise ValueError("no prompts were given: expected at least one")
     rows = [_shares(attention, number, skip_first, skip_words) for number, attention in enumerate(attentions)]
-    shares, uniform, first, first_uniform, question = (torch.stack(column) for column in zip(*rows, strict=True))
-    return WordShares(shares, uniform, first, first_uniform, question)
+    return WordShares(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
 
 def _shares(
     attention: QuestionAttention, number: int, skip_first: bool, skip_words: Collection[str]
 ) -> tuple[Tensor, ...]:
+    """One row of each field of WordShares."""
     weights = attention.weights.double()
     kinds = torch.zeros(weights.shape[1], len(KINDS), dtype=torch.float64)
     counted = torch.ones(weights.shape[1], dtype=torch.bool)

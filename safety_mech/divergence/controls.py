@@ -56,8 +56,9 @@ def match_prompts(
     Greedy: the pair with most words in common first, among those whose lengths (tokens) differ by at most `tolerance`;
     of equal ones the first. Raises ValueError if there are not as many pairs.
     """
-    sets = [[words_of(prompt) for prompt in prompts] for prompts in (malicious, normal)]
-    similar = torch.tensor([[_jaccard(m, n) for n in sets[1]] for m in sets[0]], dtype=torch.float64)
+    words_m, words_n = ([words_of(prompt) for prompt in prompts] for prompts in (malicious, normal))
+    jaccard = [[len(m & n) / max(1, len(m | n)) for n in words_n] for m in words_m]
+    similar = torch.tensor(jaccard, dtype=torch.float64)
     lengths_m, lengths_n = (torch.tensor(lengths).double() for lengths in (malicious_lengths, normal_lengths))
     left = torch.where((lengths_m[:, None] - lengths_n[None]).abs() <= tolerance, similar, -1.0)
     pairs: list[tuple[int, int]] = []
@@ -82,7 +83,3 @@ def match_prompts(
 def words_of(prompt: str) -> frozenset[str]:
     """Its words in lower case, without punctuation."""
     return frozenset(re.findall(r"[\w']+", prompt.lower()))
-
-
-def _jaccard(first: frozenset[str], second: frozenset[str]) -> float:
-    return len(first & second) / max(1, len(first | second))

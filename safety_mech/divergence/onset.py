@@ -17,15 +17,11 @@ from safety_mech.layers import LayerRange
 
 @dataclass(frozen=True)
 class OnsetRule:
-    """Thresholds of `initial_range`.
+    """Thresholds of `initial_range`, in its three steps (docs/method.md#onset-rule).
 
-    1. There is a gap at all if its p-value over all layers is at most `max_p`, and its lower bound is above 0 and
-       reaches `min_gap` degrees at some layer. (Any difference between two sets of prompts becomes significant with
-       enough prompts: the base model's 1 to 2 degrees do, so significance alone would find layers anywhere.)
-    2. It has appeared at the first layer from which its lower bound stays above `onset_fraction` of the peak gap,
-       and above 0, up to the peak.
-    3. Its growth has flattened at the first layer after that from which no gap of the next `flat_window` layers
-       lies above a line with `flat_fraction` of the mean slope so far (from just before the onset to that layer).
+    There is a gap: `max_p`, and `min_gap` in degrees (the base model's 1 to 2 degrees are significant, too). It has
+    appeared: `onset_fraction` of the peak gap. Its growth has flattened: `flat_fraction` of the mean slope so far, from
+    just before the onset, over the next `flat_window` layers.
     """
 
     min_gap: float = 1.0
@@ -46,8 +42,7 @@ def initial_range(
     """The initial range of a gap curve, or None where there is no gap: that is a result, not an error.
 
     `rule`: by default DEFAULT_RULE for a curve, DIFFERENCE_RULE for a difference. `statistic`: the paper's gap
-    or the symmetric one, each with the p-value of its own test. The thresholds are the same: the two statistics are
-    equal where the two sets are equally wide.
+    or the symmetric one, each with the p-value of its own test, and with the same thresholds.
     """
     return _range(chosen(curve, statistic), rule or rule_for(curve))
 
@@ -69,20 +64,14 @@ def initial_range_samples(
 
 
 def _range(curve: GapStatistic, rule: OnsetRule) -> LayerRange | None:
-    highest = curve.low.max()
-    if curve.p_any > rule.max_p or highest < rule.min_gap or highest <= 0:
+    gap, low = curve.gap, curve.low
+    if curve.p_any > rule.max_p or low.max() < rule.min_gap or low.max() <= 0:
         return None
-    start = _onset(curve.gap, curve.low, rule)
-    return LayerRange(start, _flattening(curve.gap, start, rule))
-
-
-def _onset(gap: Float[Tensor, " layer"], low: Float[Tensor, " layer"], rule: OnsetRule) -> int:
-    peak = int(gap.argmax())
-    floor = max(0.0, rule.onset_fraction * float(gap[peak]))
-    start = peak
+    start = int(gap.argmax())
+    floor = max(0.0, rule.onset_fraction * float(gap[start]))
     while start > 0 and low[start - 1] > floor:
         start -= 1
-    return start
+    return LayerRange(start, _flattening(gap, start, rule))
 
 
 def _flattening(gap: Float[Tensor, " layer"], start: int, rule: OnsetRule) -> int:

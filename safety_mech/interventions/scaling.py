@@ -94,46 +94,39 @@ def scaled(
         with _multiplied(model, layers, alpha, chosen.weights):
             yield model
         return
-    biases = dict(chosen.biased)
-    hooks: Hooks = []
-    for layer in layers:
-        for point in _hook_points(model, layer, chosen):
-            bias = _bias(model, layer, biases.get(point))
-            hooks.append((f"blocks.{layer}.{point}", _scaling_hook(alpha, bias, heads, positions)))
+    hooks: Hooks = [
+        (f"blocks.{layer}.{point}", _scaling_hook(alpha, _bias(model, layer, point, chosen), heads, positions))
+        for layer in layers
+        for point in _hook_points(model, layer, chosen)
+    ]
     with model.hooks(fwd_hooks=hooks):
         yield model
 
 
 @contextmanager
 def _multiplied(model: HookedTransformer, layers: LayerRange, alpha: float, names: tuple[str, ...]) -> Iterator[None]:
-    """While inside, parameters of these names point to alpha times their tensor, and their low-rank updates follow."""
-    weights, places = [], []
+    """While inside, parameters of these names point to alpha times their tensor. Their low-rank updates follow, also
+    those that are attached while inside."""
+    weights, updates, own = [], [], list[tuple[Any, float]]()
     for block in (model.blocks[layer] for layer in layers):
         for name, weight in block.named_parameters():
             if name in names:
                 module, _, leaf = name.rpartition(".")
-                weights.append(weight)
-                places.append((block.get_submodule(module), leaf))
-    with replaced([(weight, weight.data * alpha) for weight in weights]), _multiplied_updates(places, alpha):
-        yield
-
-
-@contextmanager
-def _multiplied_updates(places: Sequence[tuple[nn.Module, str]], alpha: float) -> Iterator[None]:
-    """Multiply the low-rank updates of the weights in these places, also those that are attached while inside."""
-    own: list[tuple[Any, float]] = []
+                weights.append((weight, weight.data * alpha))
+                updates.append((block.get_submodule(module), PREFIX + leaf))
 
     def multiply(owner: nn.Module, name: str, update: Any) -> None:
-        if any(owner is module and name == PREFIX + leaf for module, leaf in places):
+        if any(owner is module and name == place for module, place in updates):
             own.append((update, update.multiplier))
             update.multiplier *= alpha
 
-    for owner, leaf in places:
-        if hasattr(owner, PREFIX + leaf):
-            multiply(owner, PREFIX + leaf, getattr(owner, PREFIX + leaf))
+    for module, name in updates:
+        if hasattr(module, name):
+            multiply(module, name, getattr(module, name))
     watch = register_module_module_registration_hook(multiply)
     try:
-        yield
+        with replaced(weights):
+            yield
     finally:
         watch.remove()
         for update, multiplier in own:
@@ -179,8 +172,9 @@ def _hook_points(model: HookedTransformer, layer: int, recipe: Recipe) -> list[s
     return present
 
 
-def _bias(model: HookedTransformer, layer: int, name: str | None) -> Tensor | None:
-    """The bias that the hooked activation already holds; None where there is none or it is zero."""
+def _bias(model: HookedTransformer, layer: int, point: str, recipe: Recipe) -> Tensor | None:
+    """The bias that the activation at `point` already holds; None where there is none or it is zero."""
+    name = dict(recipe.biased).get(point)
     if name is None or (name == "mlp.b_in" and model.cfg.gated_mlp):
         return None  # a gated block adds b_in behind hook_pre and hook_pre_linear
     module, leaf = name.split(".")

@@ -1,12 +1,5 @@
-"""At which strength to scale (paper A.3.4), measured in refusals: docs/method.md#alpha has the formulas.
-
-At every alpha of a list the progressive search runs anew. Two rules then choose one alpha from that curve:
-
-    auto    the greatest spread between ranges, what resampling prompts gives taken off, among alphas whose answers
-            are not degenerate
-    paper   the first alpha at which the rate's standard deviation over the lower sweep reaches 2.5 %, which is
-            15-20 of the paper's 721 prompts
-"""
+"""At which strength to scale (paper A.3.4), measured in refusals: docs/method.md#alpha has the formulas, and the rules
+by which one alpha is chosen from the curve over all of them."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -119,7 +112,7 @@ def choose_alpha(points: Sequence[AlphaPoint], rule: Rule | None) -> AlphaChoice
 
 def _agreement(points: Sequence[AlphaPoint], chosen: AlphaPoint) -> float | None:
     at = list(points).index(chosen)
-    ranges = [point.range for point in (*points[max(0, at - 1) : at], *points[at + 1 : at + 2]) if point.range]
+    ranges = [point.range for point in points[max(0, at - 1) : at + 2] if point.range and point is not chosen]
     if chosen.range is None or not ranges:
         return None
     return sum(chosen.range.iou(layers) for layers in ranges) / len(ranges)
@@ -146,16 +139,13 @@ def spread_p_value(
     flips: int = FLIPS,
     seed: int = 0,
 ) -> float:
-    """How often flipping the signs of whole clusters' differences gives means as far apart: (1 + as far) / (1 + flips).
-
-    1 for a single range, or where no prompt's refusal depends on the range.
-    """
+    """How often flipping the signs of whole clusters' differences gives means as far apart; 1 for a single range, or
+    where no prompt's refusal depends on the range."""
     sums, _ = _cluster_sums(values, clusters)
     observed = float(sums.sum(1).square().sum())
     if len(values) < 2 or observed <= 0:
         return 1.0
-    generator = torch.Generator().manual_seed(seed)
-    signs = 2.0 * torch.randint(2, (sums.shape[1], flips), generator=generator).double() - 1
+    signs = 2 * torch.randint(2, (sums.shape[1], flips), generator=torch.Generator().manual_seed(seed)).double() - 1
     flipped = (sums @ signs).square().sum(0)
     return (1 + int((flipped >= observed * (1 - 1e-9)).sum())) / (1 + flips)
 

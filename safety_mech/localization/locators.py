@@ -28,7 +28,7 @@ from safety_mech.localization.search import grid_best
 from safety_mech.localization.segments import best_ranges, best_segment
 from safety_mech.localization.slopes import PARTS, log_odds_slopes, margin
 from safety_mech.localization.sufficiency import swap_losses
-from safety_mech.stats import group_numbers, mean_estimate, middle_third, resampled_counts
+from safety_mech.stats import group_numbers, mean_estimate, middle_third, resampled_counts, resampled_means
 
 SAMPLES = 200
 """Bootstrap samples of prompts."""
@@ -38,8 +38,8 @@ DECISION_SHARE = 0.1
 DECISION_LEVEL = 0.98
 """Of the interval of the whole decision: 1 % of models without one pass."""
 DECISION_LEAD = 3
-"""Layers before the decision that decision_window adds: of 0 to 5, the number with the best mean IoU on the three
-design organisms of planted.py (0.22, 0.44, 0.67, 0.69, 0.67, 0.67), fixed before any other one was looked at."""
+"""Of 0 to 5 layers, the number with the best mean IoU on the three design organisms of planted.py (0.22, 0.44, 0.67,
+0.69, 0.67, 0.67), fixed before any other one was looked at."""
 
 
 def locate_by_gap(measured: Measurements) -> Located:
@@ -82,21 +82,20 @@ def locate_by_direction(measured: Measurements) -> Located:
 def locate_by_patching(measured: Measurements) -> Located:
     """Contrastive pairs of equal token length, layer outputs at the last token exchanged; mean of both ways."""
     effect = measured.patched("layer").effect.T
-    return _by_segment("patching", effect.mean(0), _resampled(effect, _generator(measured)), _pairs_used(measured))
+    samples = resampled_means(effect, SAMPLES, _generator(measured))
+    return _by_segment("patching", effect.mean(0), samples, _pairs_used(measured))
 
 
 def locate_by_decision(measured: Measurements, method: str, lead: int = 0) -> Located:
     """Where exchanging the residual stream within contrastive pairs first moves the refusal.
 
-    After every layer, the stream at the prompt's last token and at the refusal's tokens behind it is exchanged. Before
-    the first layer nothing differs; after the last one the whole difference within pairs is exchanged. What a layer
-    adds to the effect is the share of the decision that reaches the last token there. Later layers add to it as well,
-    also in models where only early ones were trained to refuse. So the decision is made in the first layers that do.
-    `lead`: that many layers before them are added, as far as there are any: they write what the last token reads.
+    The stream is exchanged at the prompt's last token and at the refusal's tokens behind it: before the first layer
+    nothing differs, after the last one the whole difference within pairs is exchanged. Later layers add to the effect
+    as well, also in models where only early ones were trained to refuse, so the first layers that do are taken.
+    `lead`: that many layers before them are added: they write what the last token reads.
 
-    The scores are shares of the whole decision, the mean difference within pairs. Where noise reaches that (its
-    DECISION_LEVEL interval over pairs is not above 0) shares mean nothing. Then there is no answer, and the scores are
-    in nats.
+    The scores are shares of the whole decision. Where noise reaches that (its DECISION_LEVEL interval over pairs is not
+    above 0) there is no answer, and the scores are in nats.
     """
     effect, detail, seed = measured.patched("resid", "answer").effect, _pairs_used(measured), measured.prompts.seed
     added = effect.diff(dim=0, prepend=torch.zeros_like(effect[:1])).T.double()
@@ -105,7 +104,7 @@ def locate_by_decision(measured: Measurements, method: str, lead: int = 0) -> Lo
         reason = f"the two sides of a pair do not differ beyond noise: {total} nats"
         return Located(method, None, added.mean(0), Counter(), f"{detail}; {reason}")
     shares = added.mean(0) / added.mean(0).sum()
-    samples = _resampled(added, _generator(measured))
+    samples = resampled_means(added, SAMPLES, _generator(measured))
     answers = Counter(_decided_in(row, lead) for row in samples)
     found = _decided_in(added.mean(0), lead)
     held = float(shares[found.start : found.end + 1].sum()) if found else 0.0
@@ -285,13 +284,8 @@ def _by_margin(
 ) -> Located:
     malicious, normal = (values_of(texts) for texts in (measured.prompts.malicious, measured.prompts.normal))
     generator = _generator(measured)
-    samples = _resampled(malicious, generator) - _resampled(normal, generator)
+    samples = resampled_means(malicious, SAMPLES, generator) - resampled_means(normal, SAMPLES, generator)
     return _by_segment(method, margin(malicious, normal), samples)
-
-
-def _resampled(values: Float[Tensor, "prompt layer"], generator: torch.Generator) -> Float[Tensor, "sample layer"]:
-    """Means over prompts drawn with replacement."""
-    return resampled_counts(SAMPLES, len(values), generator) @ values.double() / len(values)
 
 
 def _generator(measured: Measurements) -> torch.Generator:

@@ -1,15 +1,11 @@
 """What scaling a range does to refusals: many ranges of one model, whose common work is done once
 (docs/method.md#prefix-sharing). The results are those of the full forward.
-
-Two measures:
-- `log_odds`, `probability`: refusal of every prompt (refusal/log_odds.py), without generation;
-- `refuses`: the paper's R_o, refusals (refusal/text.py) in the first greedy tokens. A model scaled too far gives
-  degenerate output, which does not count as a refusal.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -88,10 +84,13 @@ class ScaledRanges:
     evaluations: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if (self.alpha is None) == (self.intervene is None):
-            raise ValueError("alpha and intervene: expected one of them, a scale or what is done to a range")
-        if self.alpha is not None:
+        if self.alpha is not None and self.intervene is None:
             check_alpha(self.alpha)
+            self._intervention = partial(scaled, self.model, alpha=self.alpha, recipe=self.recipe)
+        elif self.intervene is not None and self.alpha is None:
+            self._intervention = self.intervene
+        else:
+            raise ValueError("alpha and intervene: expected one of them, a scale or what is done to a range")
         find_recipe(self.recipe)
         chats = encode_chat(tokenizer_of(self.model), self.prompts, self.template)
         chains = phrase_chains(tokenizer_of(self.model), self.template, self.phrases)
@@ -103,19 +102,8 @@ class ScaledRanges:
         self._cells: dict[LayerRange | None, Tensor] = {}
         self._texts: dict[tuple[LayerRange | None, bool], list[str]] = {}
 
-    @property
-    def n_layers(self) -> int:
-        return self.model.cfg.n_layers
-
-    def intervention(self, layers: LayerRange) -> AbstractContextManager[object]:
-        """`intervene`, or scaling by alpha."""
-        if self.alpha is None:
-            assert self.intervene is not None
-            return self.intervene(layers)
-        return scaled(self.model, layers, self.alpha, self.recipe)
-
     def log_odds(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
-        """Refusal log-odds (nats, float64) of every prompt with `layers` scaled; None: unscaled."""
+        """Refusal log-odds (nats, float64) of every prompt with `layers` scaled; None: unscaled. No generation."""
         if layers not in self._cells:
             self._cells[layers] = self._states("log-odds").log_odds(layers)
         return self._cells[layers]
@@ -125,7 +113,7 @@ class ScaledRanges:
         return self.log_odds(layers).sigmoid()
 
     def refuses(self, layers: LayerRange | None) -> Bool[Tensor, " prompt"]:
-        """Whether each prompt is refused in text with `layers` scaled; None: unscaled. Its sum is the paper's R_o."""
+        """Whether each prompt is refused in text (refusal/text.py); its sum is the paper's R_o."""
         return torch.tensor([refuses(text) for text in self.answers(layers)])
 
     def refusal(self, layers: LayerRange | None, text: bool = False) -> Float[Tensor, " prompt"]:
@@ -150,7 +138,7 @@ class ScaledRanges:
 
     def grid(self, progress: bool = False, text: bool = False) -> Float[Tensor, "start end prompt"]:
         """Refusal probability (`text`: refusals, 0 or 1) of every range [start, end]; NaN where end < start."""
-        n = self.n_layers
+        n = self.model.cfg.n_layers
         cells = torch.full((n, n, len(self.prompts)), torch.nan, dtype=torch.float64)
         ends = torch.triu_indices(n, n).T.tolist()
         for start, end in tqdm(ends, desc="grid", unit="range", disable=not progress):
@@ -162,7 +150,7 @@ class _States:
     """What ranges share: stored unscaled states, and the scaled state of the last range."""
 
     def __init__(self, owner: ScaledRanges, chats: Sequence[ChatTokens], chains: Sequence[Chain | None]):
-        self.owner, self.model = owner, owner.model
+        self.owner, self.model, self.n_layers = owner, owner.model, owner.model.cfg.n_layers
         self.text = list(chains) == [None]
         extended = {chain: append_chain(chats, chain) if chain else list(chats) for chain in chains}
         self.prefix_length = shared_prefix_length(chats)
@@ -185,9 +173,8 @@ class _States:
         state = _State(
             embed(self.model, self.prefix_tokens), [embed(self.model, batch.tokens, offset) for batch in self.batches]
         )
-        n = self.owner.n_layers
-        self.stride = max(1, -(-state.bytes * n // self.owner.memory_budget))
-        for layer in range(n):
+        self.stride = max(1, -(-state.bytes * self.n_layers // self.owner.memory_budget))
+        for layer in range(self.n_layers):
             if layer % self.stride == 0:
                 self.unscaled[layer] = state
             state, entries = self._step(state, layer)
@@ -214,7 +201,7 @@ class _States:
     def _run(self, state: _State, layers: Iterable[int], scale: bool = False) -> tuple[_State, list[Entries]]:
         entries = []
         for layer in layers:
-            with self.owner.intervention(LayerRange(layer, layer)) if scale else nullcontext():
+            with self.owner._intervention(LayerRange(layer, layer)) if scale else nullcontext():
                 state, new = self._step(state, layer)
             entries.append(new)
         return state, entries
@@ -226,7 +213,7 @@ class _States:
         """
         if layers is None:
             return self.final_unscaled, self.unscaled_entries
-        layers.check_inside(self.owner.n_layers)
+        layers.check_inside(self.n_layers)
         if self.scaled and self.scaled[0].start == layers.start and self.scaled[0].end <= layers.end:
             done, state, entries = self.scaled
             first = done.end + 1
@@ -237,7 +224,7 @@ class _States:
         state, new = self._run(state, range(first, layers.end + 1), scale=True)
         entries = [*entries, *new]
         self.scaled = (layers, state, entries)
-        state, behind = self._run(state, range(layers.end + 1, self.owner.n_layers))
+        state, behind = self._run(state, range(layers.end + 1, self.n_layers))
         return state, [*self.unscaled_entries[: layers.start], *entries, *behind]
 
     def log_odds(self, layers: LayerRange | None) -> Float[Tensor, " prompt"]:
@@ -260,7 +247,7 @@ class _States:
             last = torch.cat([resid[:, -1:] for resid in state.batches])
             first = unembed_last(self.model, last).argmax(dim=-1).split([len(resid) for resid in state.batches])
             started = [([layer[index] for layer in entries], tokens) for index, tokens in enumerate(first)]
-            with self.owner.intervention(layers) if layers else nullcontext():
+            with self.owner._intervention(layers) if layers else nullcontext():
                 found = continue_greedily(self.model, started, JUDGED_TOKENS, self.owner._ends, decided)
         texts = [""] * len(self.owner.prompts)
         for row, tokens in zip((row for batch in self.batches for row in batch.prompts), found, strict=True):

@@ -92,8 +92,9 @@ class SafetyLayers:
             return None
         draws = torch.tensor([[r.start, r.end] for r in self.samples.elements()]).double()
         tail = (1 - level) / 2
-        low, high = (torch.quantile(draws, q, dim=0, interpolation="nearest") for q in (tail, 1 - tail))
-        return (int(low[0]), int(high[0])), (int(low[1]), int(high[1]))
+        bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+        starts, ends = torch.quantile(draws, bounds, dim=0, interpolation="nearest").int().T.tolist()
+        return tuple(starts), tuple(ends)
 
 
 def locate_by_scaling(

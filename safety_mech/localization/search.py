@@ -1,7 +1,4 @@
-"""The progressive search over ranges (paper §3.4), the best of the whole grid, and the search on resampled prompts.
-
-`progressive_search` is the paper's; it sees two lines of the (i, j) grid. `grid_best` looks at all of it.
-"""
+"""The progressive search over ranges (paper §3.4), the best of the whole grid, and the search on resampled prompts."""
 
 import math
 from collections import Counter
@@ -56,9 +53,9 @@ def progressive_search(
 ) -> SearchResult:
     """The paper's search: hold the start and sweep the end, take the best; then hold that end and sweep the start.
 
-    A sweep evaluates the whole window to both sides, for the curves are not unimodal (Llama-3 in the paper's table):
-    no hill-climbing. A best value on the window's very edge says that the window was too small: it is then widened
-    to that side by `window` more, as the paper's lower sweeps must have been (Llama-2: from 9 down to 4).
+    A sweep evaluates the whole window to both sides, for the curves are not unimodal (Llama-3 in the paper's table).
+    If its best value is on its very edge, it is widened to that side by `window` more, as the paper's lower sweeps must
+    have been (Llama-2: from 9 down to 4).
     Ties go to the range nearest to the one that was held. `direction`: "max" for alpha > 1, "min" for alpha < 1.
     Raises ValueError for a range outside the model, a window below 1, or an unknown direction.
     """
@@ -67,7 +64,6 @@ def progressive_search(
     if window < 1:
         raise ValueError(f"window {window}: expected at least one layer to each side")
     initial.check_inside(n_layers)
-
     sign = 1.0 if direction == "max" else -1.0
 
     def with_end(end: int) -> LayerRange:
@@ -110,21 +106,14 @@ def _sweep(
         low, high = min(values), max(values)
 
 
-def grid_best(
-    grid: Float[Tensor, "start end prompt"], direction: Direction, max_width: int | None = None
-) -> LayerRange | None:
-    """The best range of the whole grid, by the mean over prompts; `max_width`: of those at most so wide.
-
-    Cells that are nan are no candidates; None where none is left.
-    """
+def grid_best(grid: Float[Tensor, "start end prompt"], direction: Direction) -> LayerRange | None:
+    """The best range of the whole grid, by the mean over prompts; cells that are nan are no candidates."""
     means = grid.double().mean(-1)
-    widths = torch.arange(len(means))[None] - torch.arange(len(means))[:, None]
-    allowed = (widths >= 0) & (widths < (max_width or len(means))) & ~means.isnan()
-    if not allowed.any():
+    if means.isnan().all():
         return None
     sign = 1.0 if direction == "max" else -1.0
-    flat = int(torch.where(allowed, sign * means, -torch.inf).argmax())
-    return LayerRange(flat // len(means), flat % len(means))
+    best = int((sign * means).nan_to_num(-torch.inf).argmax())
+    return LayerRange(*divmod(best, len(means)))
 
 
 def mean_of(cell: Cell) -> Measure:
@@ -140,10 +129,7 @@ def resampled_search(
     samples: int = 200,
     seed: int = 0,
 ) -> Counter[LayerRange]:
-    """The search's answers over bootstrap samples of prompts, or of whole `clusters` of them (one label a prompt).
-
-    Cells hold every prompt's value, so a sample is a weighted mean.
-    """
+    """The search's answers over bootstrap samples of prompts, or of whole `clusters` of them (one label a prompt)."""
     numbers = group_numbers(n_prompts, clusters)
     counts = resampled_counts(samples, max(numbers) + 1, torch.Generator().manual_seed(seed))
     return Counter(

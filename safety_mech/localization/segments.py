@@ -22,11 +22,9 @@ from safety_mech.layers import LayerRange
 
 @dataclass(frozen=True)
 class Segment:
-    """`inside`, `outside`: mean scores; `explained`: share of the scores' variance that the two levels explain."""
+    """`explained`: share of the scores' variance that the two levels explain."""
 
     range: LayerRange
-    inside: float
-    outside: float
     explained: float
 
 
@@ -39,12 +37,9 @@ def best_segment(scores: Float[Tensor, " layer"], max_width: int | None = None) 
     (found,) = best_ranges(scores[None], max_width)
     if found is None:
         return None
-    scores = scores.double()
-    inside = torch.tensor([layer in found for layer in range(len(scores))])
-    means = (float(scores[inside].mean()), float(scores[~inside].mean()))
     between = float(between_squares(scores[None])[0, found.start, found.end])
-    total = float((scores - scores.mean()).square().sum())
-    return Segment(found, *means, explained=between / total)
+    total = float((scores.double() - scores.double().mean()).square().sum())
+    return Segment(found, explained=between / total)
 
 
 def best_ranges(scores: Float[Tensor, "sample layer"], max_width: int | None = None) -> list[LayerRange | None]:

@@ -38,9 +38,7 @@ def log_odds_slopes(
 ) -> Float[Tensor, "prompt part layer"]:
     """Derivative of every prompt's refusal log-odds (nats per unit of scale, float64) by each layer's scale at 1.
 
-    1. in batches of equal length, multiply each layer's attention and MLP output by a scale that is 1;
-    2. log-odds of the batch, forward (`batch_log_odds`, which `refusal_log_odds` runs as well) and backward.
-
+    Each layer's attention and MLP output is multiplied by a scale that is 1; log-odds run forward and backward.
     To first order, scaling layers i..j by alpha moves the log-odds by (alpha - 1) times the sum of their slopes.
     Raises ValueError as `refusal_log_odds` does.
     """

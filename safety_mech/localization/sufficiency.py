@@ -6,6 +6,7 @@ for nothing. docs/method.md#planted-organisms defines the MINIMAL SUFFICIENT RAN
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def transplant(
     """
     layers.check_inside(base.cfg.n_layers)
     sets = [
-        ScaledRanges(base, texts, template=template, phrases=phrases, intervene=lambda part: swapped(base, model, part))
+        ScaledRanges(base, texts, template=template, phrases=phrases, intervene=partial(swapped, base, model))
         for texts in (malicious, normal)
     ]
 
@@ -109,9 +110,7 @@ def swap_losses(
 
     A layer that is the base's to the last bit loses nothing and is not run.
     """
-    ranges = ScaledRanges(
-        model, prompts, template=template, phrases=phrases, intervene=lambda layers: swapped(model, base, layers)
-    )
+    ranges = ScaledRanges(model, prompts, template=template, phrases=phrases, intervene=partial(swapped, model, base))
     unchanged = ranges.log_odds(None)
     lost = torch.zeros(len(prompts), model.cfg.n_layers, dtype=torch.float64)
     for layer in range(model.cfg.n_layers):
