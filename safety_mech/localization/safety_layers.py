@@ -5,8 +5,8 @@ The search is in search.py, the rules for alpha in alpha.py.
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import cast, get_args
 
 import torch
@@ -151,38 +151,31 @@ def locate_by_scaling(
         progressive_search, initial=initial, n_layers=model.cfg.n_layers, window=window, direction=direction
     )
     scaled_at = {at: ScaledRanges(model, over_rejection, at, recipe, template, phrases) for at in alphas}
+    # Resampling asks for a cell hundreds of times: without the cache, a text would be judged anew each time.
+    refusal_at = {at: cache(partial(ranges.refusal, text=text)) for at, ranges in scaled_at.items()}
     points = []
     for at in tqdm(alphas, desc="alpha", unit="alpha", disable=not progress or len(alphas) == 1):
-        ranges = scaled_at[at]
-        refusal = partial(ranges.refusal, text=text)
-        points.append(measure_alpha(at, refusal, partial(_degenerate_share, ranges), search, clusters, seed))
-        ranges.release()
+        degenerate = partial(_degenerate_share, scaled_at[at])
+        points.append(measure_alpha(at, refusal_at[at], degenerate, search, clusters, seed))
+        scaled_at[at].release()
     choice = choose_alpha(points, rule)
-    chosen = scaled_at[choice.alpha]
-    refusal = partial(chosen.refusal, text=text)
+    refusal = refusal_at[choice.alpha]
     baseline = refusal(None)
-    nothing = SafetyLayers(
-        curve,
-        f"the scaled model's logits are not finite at alpha {choice.alpha}: take one nearer to 1",
-        initial=initial,
-        alpha=choice,
-        baseline=baseline,
-        phrases=phrases,
-        refused=refused,
+    answer = partial(
+        SafetyLayers, curve, initial=initial, alpha=choice, baseline=baseline, phrases=phrases, refused=refused
     )
     if choice.point.range is None:
-        return nothing
+        return answer(f"the scaled model's logits are not finite at alpha {choice.alpha}: take one nearer to 1")
     found = search(mean_of(refusal))
     effect = mean_estimate((refusal(found.range) - baseline).tolist(), clusters, seed=seed)
     reason = _nothing_found(refused, least_refused, choice, effect, least_effect)
-    return replace(
-        nothing,
-        reason=reason or "found",
+    return answer(
+        reason or "found",
         range=found.range if reason is None else None,
         sweeps=found,
         samples=resampled_search(search, refusal, len(baseline), clusters, samples, seed),
         effect=effect,
-        grid=chosen.grid(progress, text) if whole_grid else None,
+        grid=scaled_at[choice.alpha].grid(progress, text) if whole_grid else None,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from safety_mech import LayerRange, gap_curve, last_token_residuals
-from safety_mech.localization import safety_layers
+from safety_mech.localization import range_sweep, safety_layers
 from safety_mech.localization.alpha import ALPHAS_ABOVE, ALPHAS_BELOW, AlphaChoice, AlphaPoint
 from safety_mech.localization.range_sweep import ScaledRanges
 from safety_mech.localization.safety_layers import (
@@ -22,6 +22,7 @@ from safety_mech.localization.safety_layers import (
 )
 from safety_mech.localization.search import grid_best, progressive_search
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, phrases_in_use, refusal_log_odds
+from safety_mech.refusal.text import refuses
 from safety_mech.stats import Estimate
 
 PHRASES = ("I'm sorry", "Sorry")
@@ -194,6 +195,19 @@ def test_refusals_in_text_can_be_the_measure(run, refusing_model, prompts):
     ranges = ScaledRanges(refusing_model, prompts, 0.3)
     for sweep in found.sweeps:
         assert sweep.values == tuple(float(ranges.refuses(layers).double().mean()) for layers in sweep.ranges)
+
+
+@pytest.mark.slow
+def test_a_text_is_judged_once_however_often_prompts_are_resampled(run, monkeypatch):
+    judged = []
+    monkeypatch.setattr(range_sweep, "refuses", lambda text: judged.append(text) or refuses(text))
+
+    def count(samples: int) -> int:
+        judged.clear()
+        run(text=True, alpha=0.3, samples=samples)
+        return len(judged)
+
+    assert count(2) == count(40) > 0
 
 
 @pytest.mark.slow
