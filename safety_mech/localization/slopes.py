@@ -18,7 +18,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from safety_mech.models.chat import Template, check_context, encode_chat, equal_length_batches, tokenizer_of
-from safety_mech.models.forward import common_prefix
+from safety_mech.models.forward import Hooks, common_prefix
 from safety_mech.refusal.log_odds import REFUSAL_PHRASES, append_chain, batch_log_odds, phrase_chains
 
 PARTS = ("attn_out", "mlp_out")
@@ -47,14 +47,18 @@ def log_odds_slopes(
     longest = append_chain(chats, max(chains, key=lambda chain: len(chain.tokens)))
     check_context(longest, model.cfg.n_ctx)
     slopes = torch.empty(len(chats), len(PARTS), model.cfg.n_layers, dtype=torch.float64)
-    names = [f"blocks.{layer}.hook_{part}" for part in PARTS for layer in range(model.cfg.n_layers)]
     bar = tqdm(total=len(chats), desc="slopes", unit="prompt", disable=not progress)
     with torch.enable_grad(), bar:
         prefix = common_prefix(model, chats, share=False)
         for rows in equal_length_batches([len(chat) * len(chains) for chat in longest], batch_tokens):
             shape = (len(PARTS), model.cfg.n_layers, len(rows))
             scales = torch.ones(shape, dtype=model.cfg.dtype, device=model.embed.W_E.device, requires_grad=True)
-            with model.hooks(fwd_hooks=[(name, _scaling_by(scales)) for name in names]):
+            hooks: Hooks = [
+                (f"blocks.{layer}.hook_{part}", _scaling_by(scales[index, layer]))
+                for index, part in enumerate(PARTS)
+                for layer in range(model.cfg.n_layers)
+            ]
+            with model.hooks(fwd_hooks=hooks):
                 total = batch_log_odds(model, [chats[row] for row in rows], chains, prefix).sum()
             (gradient,) = torch.autograd.grad(total, scales)
             slopes[rows] = gradient.permute(2, 0, 1).double().cpu()
@@ -62,9 +66,8 @@ def log_odds_slopes(
     return slopes
 
 
-def _scaling_by(scales: Float[Tensor, "part layer prompt"]) -> Callable[..., Tensor]:
+def _scaling_by(scale: Float[Tensor, " prompt"]) -> Callable[..., Tensor]:
     def scale_rows(x: Float[Tensor, "prompt pos d_model"], hook: HookPoint) -> Float[Tensor, "prompt pos d_model"]:
-        scale = scales[PARTS.index(str(hook.name).rpartition(".hook_")[2]), hook.layer()]
         return x * scale[:, None, None]
 
     return scale_rows
