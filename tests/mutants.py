@@ -9,9 +9,9 @@
 3. run the tests that failed once more, without any mutant: now they must pass.
 
 Killed: a test failed (pytest's status 1, and a test's name). Anything else but status 0 is an error, and no kill: a
-mutant must be importable. They stand in results/mutants.json by mutant, source file and test files: a second run does
-what has changed. Tests that load the real model, and long runs, are left out. The status is 1 below
-95 % killed.
+mutant must be importable. Answers are stored in results/mutants.json by mutant, source file and test files: a second
+run does what has changed. Tests that load the real model, and long runs, are left out. The status is 1 below 95 %
+killed.
 """
 
 import argparse
